@@ -1,0 +1,107 @@
+"""From a GGUF file to the state dict that ComfyUI loads: packed matrices and plain tensors, as views of the file."""
+
+import logging
+import math
+import threading
+from collections.abc import Mapping
+
+import comfy.memory_management
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ..ops.dequantize import dequantize
+from ..ops.layout import pack
+from .architectures import LEADING_ONES
+from .errors import OriginalShapeError
+from .gguf_file import GGUFFile, TensorInfo, open_gguf
+
+log = logging.getLogger("gguf_native")
+
+PLAIN = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+# What a packed weight claims to be until the host has chosen the model's dtype. The host lets float16 and fp8 files
+# decide that dtype; bfloat16 leaves the choice to the model's own preference and the card.
+UNDECIDED = torch.bfloat16
+
+
+def read_state_dict(path: str, streaming: bool = True) -> tuple[dict[str, torch.Tensor], Mapping]:
+    """(tensors by the file's own names, the file's metadata) of a GGUF file. Raises GGUFError kinds.
+
+    Matrices are packed `QuantizedTensor`s; what the file stores as plain numbers stays so; any other quantised tensor
+    (a bare parameter, a bias) is small and decoded to float32. With `streaming` every tensor views the file's mapping
+    and, under DynamicVRAM, carries the slice of the file that the host reads by itself; without, all is read now.
+    """
+    file = open_gguf(path)
+    streams = streaming and _host_can_stream()
+    keep = _attach_file_slices if streams else _read_all
+    return keep(file, {name: _tensor(file, info) for name, info in file.tensors.items()}), file.metadata
+
+
+def _tensor(file: GGUFFile, info: TensorInfo) -> torch.Tensor:
+    shape = _logical_shape(file, info)
+    data = file.read(info.name)
+    if info.type in PLAIN:
+        return data.view(PLAIN[info.type]).view(shape)
+    if info.name.endswith(".weight") and len(shape) > 1:
+        return pack(data, info.type, shape, UNDECIDED)
+    return dequantize(data, info.type, shape)
+
+
+def _logical_shape(file: GGUFFile, info: TensorInfo) -> tuple[int, ...]:
+    key = f"comfy.gguf.orig_shape.{info.name}"
+    if key not in file.metadata:
+        for suffix, n_dims in LEADING_ONES.items():
+            if info.name.endswith(suffix) and len(info.shape) < n_dims:
+                return (1,) * (n_dims - len(info.shape)) + info.shape
+        return info.shape
+    shape = file.metadata[key]
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        raise OriginalShapeError(f"{file.path.name}: '{key}' is {shape!r}; expected an array of positive integers.")
+    if math.prod(shape) != math.prod(info.shape):
+        raise OriginalShapeError(
+            f"{file.path.name}: '{key}' is {shape}, but the tensor is stored as {list(info.shape)}; both must hold as many "
+            "values. The converter wrote a wrong shape; convert the model again."
+        )
+    return tuple(shape)
+
+
+def _host_can_stream() -> bool:
+    if comfy.memory_management.aimdo_enabled or comfy.model_management.cpu_state != comfy.model_management.CPUState.GPU:
+        return True
+    log.info("GGUF Native: DynamicVRAM is off, so weights are read into RAM up front; the host pins them there.")
+    return False
+
+
+def _attach_file_slices(file: GGUFFile, sd: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tell DynamicVRAM where in the file each tensor lies, as `comfy.utils.load_safetensors` does for safetensors."""
+    if not comfy.memory_management.aimdo_enabled:
+        return sd
+    lock = threading.Lock()
+    handles = {}
+    for name, info in file.tensors.items():
+        if info.path not in handles:
+            handles[info.path] = open(info.path, "rb", buffering=0)  # noqa: SIM115 (closed with the last tensor)
+        tensor = getattr(sd[name], "_qdata", sd[name])
+        if tensor.nbytes == info.nbytes:
+            tensor.untyped_storage()._comfy_tensor_file_slice = comfy.memory_management.TensorFileSlice(
+                handles[info.path], lock, info.offset, info.nbytes
+            )
+    return sd
+
+
+def _read_all(file: GGUFFile, sd: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    progress = comfy.utils.ProgressBar(sum(info.nbytes for info in file.tensors.values()))
+    for name, tensor in sd.items():
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        sd[name] = tensor.clone()
+        progress.update(file.tensors[name].nbytes)
+    return sd

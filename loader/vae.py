@@ -1,0 +1,89 @@
+"""From a GGUF file to a ComfyUI VAE, its matrices and convolutions still packed."""
+
+import logging
+from pathlib import Path
+
+import comfy.diffusers_convert
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..config import settings
+from ..ops.layers import GGUFOps, PackedWeight
+from ..ops.layout import decoded, is_packed, reshape_packed
+from .errors import UnknownModelError
+from .model_patcher import adopt
+from .residency import VAE
+from .state_dict import read_state_dict
+
+log = logging.getLogger("gguf_native")
+
+# The host's VAEs take no `custom_operations`: their layers become ours, class by class, once they stand.
+PACKABLE = {
+    getattr(namespace, name): getattr(GGUFOps, name)
+    for namespace in (comfy.ops.disable_weight_init, comfy.ops.manual_cast)
+    for name in ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "Embedding")
+}
+
+
+class GGUFVAE(comfy.sd.VAE):
+    """The host's VAE with packed layers. With `vae_slicing` it decodes one latent at a time, in tiles if one is too big."""
+
+    def get_sd(self) -> dict[str, torch.Tensor]:
+        """The state dict that CheckpointSave writes: dense, so that any loader reads it."""
+        sd = super().get_sd()
+        for name, layer in self.first_stage_model.named_modules():
+            if isinstance(layer, PackedWeight) and is_packed(layer.weight):
+                sd[f"{name}.weight"] = decoded(layer.weight, layer.weight.dtype).cpu()
+        return sd
+
+    def decode(self, samples_in: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
+        options = vae_options or {}
+        if not settings().vae_slicing:
+            return super().decode(samples_in, options)
+        log.info("GGUF Native: decoding %d latent(s) one at a time (vae_slicing).", len(samples_in))
+        return torch.cat([self._decode_one(latent, options) for latent in samples_in.split(1)])
+
+    def _decode_one(self, latent: torch.Tensor, options: dict) -> torch.Tensor:
+        needed = self.memory_used_decode(latent.shape, self.vae_dtype)
+        if latent.ndim == 4 and needed > self.patcher.get_free_memory(self.device):
+            log.info("GGUF Native: %.1f GB do not fit for one picture: decoding it in tiles.", needed / 2**30)
+            return self.decode_tiled(latent)
+        return super().decode(latent, options)
+
+
+def load_vae(path: str) -> GGUFVAE:
+    """Load any VAE that the host accepts from a GGUF file. Raises GGUFError kinds.
+
+    The host builds the VAE from decoded weights, so that it sees what it knows; then every layer that it left under
+    the file's name takes its blocks back.
+    """
+    sd, metadata = read_state_dict(path, settings().streaming_loading)
+    if "decoder.up_blocks.0.resnets.0.norm1.weight" in sd:
+        sd = comfy.diffusers_convert.convert_vae_state_dict(sd)
+    dense = {name: decoded(tensor, torch.float32) if is_packed(tensor) else tensor for name, tensor in sd.items()}
+    vae = comfy.sd.VAE(sd=dense, metadata=metadata)
+    if vae.first_stage_model is None:
+        raise UnknownModelError(
+            f"{Path(path).name}: holds no VAE that this ComfyUI knows. Its first tensors are {', '.join(list(sd)[:8])}; "
+            "a diffusion model belongs into the UNet loader, a text encoder into a CLIP loader."
+        )
+    for name, layer in vae.first_stage_model.named_modules():
+        packed = sd.get(f"{name}.weight")
+        if is_packed(packed) and type(layer) in PACKABLE:
+            layer.__class__ = PACKABLE[type(layer)]
+            blocks = reshape_packed(packed, tuple(layer.weight.shape)).to(vae.vae_dtype)
+            layer.weight = torch.nn.Parameter(blocks, requires_grad=False)
+    vae.__class__ = GGUFVAE
+    vae.size = comfy.model_management.module_size(vae.first_stage_model)
+    vae.patcher.size = vae.size
+    vae.patcher.cached_patcher_init = (load_vae_patcher, (path,))
+    vae.patcher = adopt(vae.patcher, VAE)
+    return vae
+
+
+def load_vae_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """The patcher of a freshly loaded VAE: what the host calls to clone one for another device."""
+    return load_vae(path).patcher

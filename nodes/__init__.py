@@ -1,0 +1,40 @@
+"""The pack's nodes, in menu order, and how they join ComfyUI."""
+
+import logging
+
+import nodes as host_nodes
+from comfy_api.latest import ComfyExtension, io
+
+from . import folders
+from .apply_lora import LoraLoaderGGUF
+from .load_diffusion_model import UnetLoaderGGUF, UnetLoaderGGUFAdvanced
+from .load_text_encoder import CLIPLoaderGGUF, DualCLIPLoaderGGUF, QuadrupleCLIPLoaderGGUF, TripleCLIPLoaderGGUF
+from .load_vae import VAELoaderGGUF
+
+log = logging.getLogger("gguf_native")
+
+NODES: list[type[io.ComfyNode]] = [
+    UnetLoaderGGUF,
+    UnetLoaderGGUFAdvanced,
+    CLIPLoaderGGUF,
+    DualCLIPLoaderGGUF,
+    TripleCLIPLoaderGGUF,
+    QuadrupleCLIPLoaderGGUF,
+    VAELoaderGGUF,
+    LoraLoaderGGUF,
+]
+
+
+class GGUFExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        folders.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """NODES, less those whose id another pack registered before."""
+        taken = [node for node in NODES if node.GET_SCHEMA().node_id in host_nodes.NODE_CLASS_MAPPINGS]
+        if taken:
+            log.info(
+                "GGUF Native: another pack already has the nodes %s; theirs stay, ours of that name are left out.",
+                ", ".join(node.__name__ for node in taken),
+            )
+        return [node for node in NODES if node not in taken]

@@ -1,0 +1,68 @@
+"""LoRA applier: up to `max_loras` LoRAs beside the packed weights of a model and its text encoder."""
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..config import settings
+from ..loader.lora import apply_lora
+from .folders import files
+
+NONE = "none"
+
+
+class LoraLoaderGGUF(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = [
+            io.Model.Input("model", tooltip="The diffusion model that the LoRAs change; GGUF or not."),
+            io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs that change it too."),
+        ]
+        for number in range(1, settings().max_loras + 1):
+            inputs += _inputs_of_one(number)
+        return io.Schema(
+            node_id="LoraLoaderGGUF",
+            display_name="Load LoRA (GGUF)",
+            category="model/loaders",
+            description="Applies LoRAs beside the quantised weights: they are never merged, so nothing is lost by "
+            "changing or removing them.",
+            search_aliases=["gguf", "lora", "lora stack", "apply lora", "load lora"],
+            inputs=inputs,
+            outputs=[
+                io.Model.Output(tooltip="The model with the LoRAs."),
+                io.Clip.Output(tooltip="The text encoder with the LoRAs; nothing if none was connected."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip=None, **widgets) -> io.NodeOutput:
+        for number in range(1, settings().max_loras + 1):
+            name = widgets.get(f"lora_{number}", NONE)
+            strength_model = widgets.get(f"strength_model_{number}", 1.0)
+            strength_clip = widgets.get(f"strength_clip_{number}", 1.0)
+            if name != NONE and (strength_model, strength_clip) != (0, 0):
+                path = folder_paths.get_full_path_or_raise("loras", name)
+                model, clip = apply_lora(model, clip, path, strength_model, strength_clip)
+        return io.NodeOutput(model, clip)
+
+
+def _inputs_of_one(number: int) -> list:
+    strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01, "optional": True}
+    return [
+        io.Combo.Input(
+            f"lora_{number}",
+            options=[NONE, *files("loras")],
+            default=NONE,
+            optional=True,
+            tooltip=f"LoRA number {number}, a file in models/loras.",
+        ),
+        io.Float.Input(
+            f"strength_model_{number}",
+            **strength,
+            tooltip=f"How strongly LoRA {number} changes the diffusion model. 0 is off; negative works too.",
+        ),
+        io.Float.Input(
+            f"strength_clip_{number}",
+            **strength,
+            tooltip=f"How strongly LoRA {number} changes the text encoder.",
+        ),
+    ]

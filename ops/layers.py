@@ -1,0 +1,202 @@
+"""GGUFOps: ComfyUI's layers, with weights that may be GGUF blocks; handed to the host as `custom_operations`."""
+
+import comfy.ops
+import torch
+import torch.nn.functional as F
+
+from .layout import is_packed, reshape_packed
+from .lora import SidePath
+from .matmul import decode_weight, gather_rows
+
+HOST = comfy.ops.manual_cast
+
+
+class WeightShapeError(ValueError):
+    """A tensor of the file cannot be the weight that the model wants."""
+
+
+class PackedWeight:
+    """What every layer with a packed weight shares: how it is loaded, moved, patched, saved and read in a forward.
+
+    A layer whose weight is a plain tensor behaves as the host's own `manual_cast` layer does.
+    """
+
+    side_path: SidePath | None = None
+    # A dtype that decoded weights are rounded to before the compute dtype; None for straight to the compute dtype.
+    decode_dtype: torch.dtype | None = None
+    # Parameters that the state dict lacked.
+    missing: tuple[str, ...] = ()
+
+    def expected_shape(self) -> tuple[int, ...]:
+        """The weight's shape by the layer's own arguments."""
+        return tuple(self.weight.shape)
+
+    def expected_parameters(self) -> list[str]:
+        """The parameters without which the layer cannot work."""
+        return [name for name, parameter in self._parameters.items() if parameter is not None]
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        # Assigned, never copied: a packed weight stays the view of the file that the loader made.
+        given = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        self.missing = tuple(name for name in self.expected_parameters() if name not in given)
+        missing_keys += [prefix + name for name in self.missing]
+        unexpected_keys += [prefix + name for name in given if name not in self._parameters]
+        for name in self._parameters.keys() & given.keys():
+            tensor = given[name]
+            if name == "weight":
+                tensor = _as_shape(tensor, self.expected_shape(), prefix + name)
+            # For a packed weight the dtype is a label. A plain one is cast now, unless DynamicVRAM does so on its way.
+            if is_packed(tensor) or not local_metadata.get("assign_to_params_buffers", False):
+                tensor = tensor.to(getattr(self, f"{name}_comfy_model_dtype", None) or tensor.dtype)
+            setattr(self, name, torch.nn.Parameter(tensor, requires_grad=False))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # The host sums `nbytes` of these to know what a layer costs: packed bytes, not values.
+        if is_packed(self.weight):
+            destination[prefix + "weight"] = self.weight._qdata
+
+    def _apply(self, fn, recurse=True):
+        return comfy.ops._quantized_apply(self, fn, recurse)
+
+    def convert_weight(self, weight, inplace=False, **kwargs):
+        """The host's hook: what it may compute on when it merges or saves a weight."""
+        return decode_weight(weight, weight.dtype) if is_packed(weight) else weight
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """The host's hook for a weight it computed: kept dense, because blocks are never quantised again."""
+        weight = weight.to(self.weight.dtype)
+        if return_weight:
+            return weight
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def borrow(self, x: torch.Tensor):
+        """(weight, bias, token) on x's device, the weight still packed; give the token to `uncast_bias_weight`."""
+        weight, bias = self.weight, self.bias
+        is_here = weight.device == x.device and (bias is None or bias.device == x.device)
+        if is_here and not self.weight_function and not self.bias_function:
+            return weight, bias if bias is None else bias.to(x.dtype), None
+        return comfy.ops.cast_bias_weight(
+            self,
+            None,
+            dtype=weight.dtype,
+            device=x.device,
+            bias_dtype=x.dtype,
+            offloadable=True,
+            compute_dtype=x.dtype,
+            want_requant=True,
+        )
+
+    def borrow_dense(self, x: torch.Tensor, dtype: torch.dtype):
+        """As `borrow`, but the weight decoded to `dtype`, and patched unless the patches are low-rank factors."""
+        weight, bias, token = self.borrow(x)
+        # A host or third-party weight function has had the weight decoded already.
+        if is_packed(weight):
+            weight = decode_weight(weight, self.decode_dtype or dtype)
+        weight = weight.to(dtype)
+        if self.side_path is not None and self.side_path.rewrite is not None:
+            weight = self.side_path.rewrite(weight)
+        return weight, bias, token
+
+
+def _as_shape(tensor: torch.Tensor, shape: tuple[int, ...], key: str) -> torch.Tensor:
+    if tuple(tensor.shape) == shape:
+        return tensor
+    if tensor.numel() != torch.Size(shape).numel():
+        raise WeightShapeError(
+            f"tensor '{key}' has shape {list(tensor.shape)}; the model needs {list(shape)}. "
+            "The file is of another model or version, or its converter lost the shape."
+        )
+    return reshape_packed(tensor, shape) if is_packed(tensor) else tensor.reshape(shape)
+
+
+class PackedConv(PackedWeight):
+    """A convolution decodes its weight once per call."""
+
+    def forward_comfy_cast_weights(self, input, *args, **kwargs):
+        if not is_packed(self.weight):
+            return super().forward_comfy_cast_weights(input, *args, **kwargs)
+        weight, bias, token = self.borrow_dense(input, input.dtype)
+        out = self._conv_forward(input, weight, bias, *args, **kwargs)
+        comfy.ops.uncast_bias_weight(self, weight, bias, token)
+        return out
+
+
+class GGUFOps(HOST):
+    """The host's `manual_cast` namespace; norms stay the host's own, because a file never packs them usefully."""
+
+    class Linear(PackedWeight, HOST.Linear):
+        def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+            # No storage is reserved for a dense weight that never comes.
+            torch.nn.Module.__init__(self)
+            self.in_features = in_features
+            self.out_features = out_features
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+            self.wanted = ["weight", "bias"] if bias else ["weight"]
+            self.weight_comfy_model_dtype = self.bias_comfy_model_dtype = dtype
+
+        def expected_shape(self):
+            return self.out_features, self.in_features
+
+        def expected_parameters(self):
+            return self.wanted
+
+        def forward_comfy_cast_weights(self, input):
+            if not is_packed(self.weight):
+                return super().forward_comfy_cast_weights(input)
+            weight, bias, token = self.borrow_dense(input, input.dtype)
+            out = F.linear(input, weight, bias)
+            comfy.ops.uncast_bias_weight(self, weight, bias, token)
+            if self.side_path is not None and self.side_path.low_rank is not None:
+                out = self.side_path.low_rank.add_to(out, input)
+            return out
+
+    class Conv1d(PackedConv, HOST.Conv1d):
+        pass
+
+    class Conv2d(PackedConv, HOST.Conv2d):
+        pass
+
+    class Conv3d(PackedConv, HOST.Conv3d):
+        pass
+
+    class ConvTranspose1d(PackedConv, HOST.ConvTranspose1d):
+        def _conv_forward(self, input, weight, bias, output_size=None):
+            padding = self._output_padding(
+                input, output_size, self.stride, self.padding, self.kernel_size, 1, self.dilation
+            )
+            return F.conv_transpose1d(
+                input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
+            )
+
+    class ConvTranspose2d(PackedConv, HOST.ConvTranspose2d):
+        def _conv_forward(self, input, weight, bias, output_size=None):
+            padding = self._output_padding(
+                input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+            )
+            return F.conv_transpose2d(
+                input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation
+            )
+
+    class Embedding(PackedWeight, HOST.Embedding):
+        def expected_shape(self):
+            return self.num_embeddings, self.embedding_dim
+
+        def expected_parameters(self):
+            return ["weight"]
+
+        def forward_comfy_cast_weights(self, input, out_dtype=None):
+            if not is_packed(self.weight):
+                return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
+            dtype = out_dtype or self.weight.dtype
+            if self.side_path is None:
+                weight, bias, token = self.borrow(input)
+                out = gather_rows(weight, input, dtype)
+            else:
+                weight, bias, token = self.borrow_dense(input, dtype)
+                out = F.embedding(input, weight)
+                if self.side_path.low_rank is not None:
+                    out += self.side_path.low_rank.rows(input).to(dtype)
+            comfy.ops.uncast_bias_weight(self, weight, bias, token)
+            return out
