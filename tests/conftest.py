@@ -1,0 +1,96 @@
+"""The package under test as `gguf_native`, and the real ComfyUI: in this process and as a server."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from host import in_process, samples
+from host.client import Client
+from host.environment import ROOT, find_comfyui
+from host.server import running_server
+
+COMFYUI = find_comfyui()
+NO_COMFYUI = "no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one"
+
+
+def bind_package() -> None:
+    """Import the checkout as `gguf_native`, whatever its folder is called and whether or not it is installed."""
+    spec = importlib.util.spec_from_file_location(
+        "gguf_native", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["gguf_native"] = package
+    spec.loader.exec_module(package)
+
+
+bind_package()
+if COMFYUI:
+    # Before any test module is imported: some import comfy, and it decides then whether there is a GPU.
+    in_process.bind(COMFYUI)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    """The folder of the real ComfyUI."""
+    if COMFYUI is None:
+        pytest.skip(NO_COMFYUI)
+    return COMFYUI
+
+
+@pytest.fixture(scope="session")
+def host(comfyui: Path) -> ModuleType:
+    """The real `comfy` package in this process: host.sd, host.utils, host.sample, host.model_management.
+
+    The server runs nodes under torch.inference_mode(); so should tests that compare with it.
+    """
+    import comfy
+    import comfy.model_management
+    import comfy.sample
+    import comfy.sd
+    import comfy.utils
+
+    return comfy
+
+
+@pytest.fixture
+def dynamic_vram_on_cpu(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load models with the real ModelPatcherDynamic, which the host keeps for GPUs.
+
+    Covers lazy modules, weights assigned in the file's dtype and the staging plan; there are no VRAM buffers on a CPU.
+    """
+    import comfy.memory_management
+    import comfy.model_patcher
+    import comfy_aimdo.control
+
+    if comfy_aimdo.control.lib is None:
+        pytest.skip("the library of comfy-aimdo does not load here")
+    dynamic = comfy.model_patcher.ModelPatcherDynamic
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", dynamic)
+    monkeypatch.setattr(dynamic, "__new__", staticmethod(lambda cls, *arguments, **options: object.__new__(cls)))
+
+
+@pytest.fixture(scope="session", name="samples")
+def sample_models(comfyui: Path) -> ModuleType:
+    """host.samples: sample(name), gguf(name, type_name, naming), decoded(name, type_name, dtype) return paths."""
+    samples.discard_outdated()
+    return samples
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, samples: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """One real server for all tests, with this pack and all samples made so far and later."""
+    with running_server(comfyui, tmp_path_factory.mktemp("comfyui"), samples.MODELS) as client:
+        yield client

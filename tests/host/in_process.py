@@ -1,0 +1,19 @@
+"""Make ComfyUI's own modules importable in this process, on the CPU where there is no GPU."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+
+def bind(comfyui: Path) -> None:
+    """Put ComfyUI on the path and settle what it decides once, when comfy.model_management is imported."""
+    # At the end: the host's folder holds modules called app, utils, tests, nodes and server.
+    sys.path.append(str(comfyui))
+    import comfy_aimdo.control
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    args.database_url = "sqlite:///:memory:"
+    # As main.py does: the library's other modules keep what init found when they are imported.
+    comfy_aimdo.control.init()
