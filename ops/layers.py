@@ -142,6 +142,19 @@ class GGUFOps(HOST):
         def expected_parameters(self):
             return self.wanted
 
+        def _load_from_state_dict(self, state_dict, prefix, *args):
+            if prefix + "comfy_quant" in state_dict:
+                self._become_host_quantised()
+                return self._load_from_state_dict(state_dict, prefix, *args)
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+
+        def _become_host_quantised(self):
+            # A safetensors encoder beside a GGUF one may be in a format of the host's (scaled fp8): the host's affair.
+            dtype = self.weight_comfy_model_dtype
+            layer_class = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=True).Linear
+            twin = layer_class(self.in_features, self.out_features, "bias" in self.wanted, dtype=dtype)
+            self.__class__, self.__dict__ = layer_class, twin.__dict__
+
         def forward_comfy_cast_weights(self, input):
             if not is_packed(self.weight):
                 return super().forward_comfy_cast_weights(input)
