@@ -97,7 +97,7 @@ TABLE = (
         "streaming_loading",
         ON_OR_OFF,
         True,
-        "Leave quantised bytes in the file until a layer needs them; off reads the whole file before the first step.",
+        "Leave weights in the file until a layer needs them; off, or a GPU without DynamicVRAM: read all at loading.",
     ),
     Setting(
         "quant_cache_size",
@@ -110,22 +110,27 @@ TABLE = (
         "max_parallel_models",
         whole_number(1, "models"),
         2,
-        "How many models of this pack may hold GPU memory at once; the least recently used one leaves first.",
+        "How many diffusion models and text encoders of this pack stay loaded; the least recently used leaves first.",
     ),
     Setting("max_loras", whole_number(1, "LoRAs"), 2, "How many LoRAs one LoraLoaderGGUF node takes."),
     Setting(
         "memory_mode",
         one_of("conservative", "balanced", "aggressive"),
         "balanced",
-        "How hard GPU memory is saved: conservative keeps models there, aggressive frees them as soon as it can.",
+        "conservative: ignore max_parallel_models; aggressive: as sequential_processing, and unload after sampling.",
     ),
     Setting(
         "vae_slicing",
         ON_OR_OFF,
         False,
-        "Decode pictures slice by slice: a lower memory peak of the VAE for some time; off leaves it to ComfyUI.",
+        "Decode one picture of a batch at a time, in tiles if one does not fit: slower, less memory; GGUF VAEs only.",
     ),
-    Setting("sequential_processing", ON_OR_OFF, False, "A text encoder and a diffusion model never share the GPU."),
+    Setting(
+        "sequential_processing",
+        ON_OR_OFF,
+        False,
+        "Before a model of this pack loads, unload the text encoders and diffusion models that are of another kind.",
+    ),
 )
 SETTINGS = {setting.name: setting for setting in TABLE}
 VARIABLES = {ENVIRONMENT_PREFIX + name.upper(): setting for name, setting in SETTINGS.items()}
