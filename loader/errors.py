@@ -40,7 +40,13 @@ GGUFError
     ├── OriginalShapeError          comfy.gguf.orig_shape says something that cannot be
     ├── UnknownModelError           the tensors are of no model that the host knows
     ├── WrongShapeError             a tensor cannot be the weight that the model wants
-    └── IncompleteModelError        layers of the model have no weight in the file
+    ├── IncompleteModelError        layers of the model have no weight in the file
+    └── TextEncoderError
+        ├── UnknownTextEncoderError      the tensors are of no text encoder that is known
+        ├── AmbiguousTextEncoderError    more than one text encoder in one file
+        ├── UnsupportedTextEncoderError  a text encoder of sizes that ComfyUI cannot build
+        ├── IncompleteTextEncoderError   the encoders of the chosen type lack tensors
+        └── MissingTokenizerError        no vocabulary where the encoder needs its own
 """
 
 
@@ -210,3 +216,27 @@ class WrongShapeError(ModelError):
 
 class IncompleteModelError(ModelError):
     """Layers of the model have no weight in the file."""
+
+
+class TextEncoderError(ModelError):
+    """A sound file that does not make a text encoder."""
+
+
+class UnknownTextEncoderError(TextEncoderError):
+    """No row of TEXT_ENCODERS fits the tensors of a file."""
+
+
+class AmbiguousTextEncoderError(TextEncoderError):
+    """A file holds more than one text encoder."""
+
+
+class UnsupportedTextEncoderError(TextEncoderError):
+    """A text encoder of a size that ComfyUI cannot build for the chosen type."""
+
+
+class IncompleteTextEncoderError(TextEncoderError):
+    """The files lack tensors that the encoders of the chosen type have."""
+
+
+class MissingTokenizerError(TextEncoderError):
+    """The encoder needs a tokenizer and the file has none."""

@@ -15,7 +15,12 @@ from ..config import settings
 from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.layout import is_packed
 from . import residency
-from .errors import GGUFError
+from .errors import (
+    AmbiguousTextEncoderError,
+    IncompleteTextEncoderError,
+    UnknownTextEncoderError,
+    UnsupportedTextEncoderError,
+)
 from .key_maps import OTHER_MODELS, TEXT_ENCODERS, TextEncoderNames
 from .model_patcher import adopt
 from .state_dict import read_state_dict
@@ -36,22 +41,6 @@ T5_XXL_MARK = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 T5_XXL_ROWS, T5_XL_ROWS = 10240, 5120
 # The names under which ComfyUI takes another configuration of a T5 than its own.
 T5_CONFIGS = ("t5xxl_model_config", "umt5xxl_model_config", "t5base_model_config")
-
-
-class UnknownTextEncoderError(GGUFError):
-    """No row of TEXT_ENCODERS fits the tensors of a file."""
-
-
-class AmbiguousTextEncoderError(GGUFError):
-    """A file holds more than one text encoder."""
-
-
-class UnsupportedTextEncoderError(GGUFError):
-    """A text encoder of a size that ComfyUI cannot build for the chosen type."""
-
-
-class IncompleteTextEncoderError(GGUFError):
-    """The files lack tensors that the encoders of the chosen type have."""
 
 
 @dataclass(frozen=True)

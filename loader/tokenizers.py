@@ -8,14 +8,10 @@ from collections.abc import Mapping
 
 import torch
 
-from .errors import GGUFError
+from .errors import MissingTokenizerError
 
 VARINT, LENGTH_DELIMITED, FIXED32 = 0, 2, 5
 BYTE = 6  # tokenizer.ggml.token_type has SentencePiece's own numbers
-
-
-class MissingTokenizerError(GGUFError):
-    """The encoder needs a tokenizer and the file has none."""
 
 
 def sentencepiece_model(file_name: str, metadata: Mapping[str, object]) -> torch.Tensor:

@@ -13,16 +13,16 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 import comfy.ops
 import comfy.sd
 from gguf_native.loader import text_encoder
-from gguf_native.loader.key_maps import TEXT_ENCODERS
-from gguf_native.loader.text_encoder import (
+from gguf_native.loader.errors import (
     AmbiguousTextEncoderError,
     IncompleteTextEncoderError,
+    MissingTokenizerError,
     UnknownTextEncoderError,
     UnsupportedTextEncoderError,
-    comfyui_tensors,
-    load_text_encoder,
 )
-from gguf_native.loader.tokenizers import MissingTokenizerError, sentencepiece_model
+from gguf_native.loader.key_maps import TEXT_ENCODERS
+from gguf_native.loader.text_encoder import comfyui_tensors, load_text_encoder
+from gguf_native.loader.tokenizers import sentencepiece_model
 from gguf_native.ops.layout import is_packed
 from host import quantise
 from host.samples import TINY_CLIP_L, TINY_T5
