@@ -1,11 +1,20 @@
-"""From packed tensors to dense ones, in plain torch on any device."""
+"""From packed tensors to dense ones: by a kernel where there is one, else in plain torch, on any device."""
 
+import logging
 import math
 import sys
+from functools import cache
 
 import torch
 
 from .formats import FORMAT_BY_NUMBER, FORMATS, BlockFormat
+from .formats.plain import PlainFormat
+from .kernels import WHY_NONE
+
+if WHY_NONE is None:
+    from .kernels import launch
+
+log = logging.getLogger("gguf_native")
 
 # Values decoded in one pass: on the CPU the temporaries stay in its cache; elsewhere few launches are worth more.
 VALUES_PER_PASS = {"cpu": 1 << 18}
@@ -30,10 +39,35 @@ def dequantize(
     check_shape(shape, n_blocks, block_format)
     out = torch.empty(shape, dtype=dtype, device=blocks.device)
     values, blocks = out.view(n_blocks, block_format.block_size), blocks.reshape(n_blocks, block_format.block_bytes)
+    if n_blocks and has_kernel(block_format, blocks.device):
+        launch.decode_into(block_format.__name__, blocks, values)
+        return out
     blocks_per_pass = VALUES_PER_PASS.get(blocks.device.type, sys.maxsize) // block_format.block_size
     for some_blocks, some_values in zip(blocks.split(blocks_per_pass), values.split(blocks_per_pass), strict=True):
         block_format.decode_into(some_blocks, some_values)
     return out
+
+
+@cache
+def has_kernel(block_format: type[BlockFormat], device: torch.device) -> bool:
+    """Whether `device` decodes the type with a Triton kernel; where a GPU cannot, one log line says why."""
+    if device.type != "cuda" or issubclass(block_format, PlainFormat):
+        return False
+    reason = WHY_NONE or why_not_on(device)
+    if reason:
+        log.info("GGUF Native: decoding with plain torch operations, which is slower: %s.", reason)
+    return reason is None
+
+
+@cache
+def why_not_on(device: torch.device) -> str | None:
+    """Why Triton's kernels do not run on this GPU, or None: an old GPU, or no C compiler for Triton's launcher."""
+    blocks = torch.zeros(1, FORMATS["Q8_0"].block_bytes, dtype=torch.uint8, device=device)
+    try:
+        launch.decode_into("Q8_0", blocks, torch.empty(1, 32, device=device))
+    except Exception as error:
+        return f"Triton does not work on {torch.cuda.get_device_name(device)} ({error})"
+    return None
 
 
 def dequantize_rows(

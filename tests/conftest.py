@@ -1,6 +1,7 @@
 """The package under test as `gguf_native`, and the real ComfyUI: in this process and as a server."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from host import in_process, samples
 from host.client import Client
 from host.environment import ROOT, find_comfyui
 from host.server import running_server
+
+if not torch.cuda.is_available():
+    # Read when the kernels are imported: without a GPU they run in Triton's interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 COMFYUI = find_comfyui()
 NO_COMFYUI = "no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one"
