@@ -62,9 +62,10 @@ def has_kernel(block_format: type[BlockFormat], device: torch.device) -> bool:
 @cache
 def why_not_on(device: torch.device) -> str | None:
     """Why Triton's kernels do not run on this GPU, or None: an old GPU, or no C compiler for Triton's launcher."""
-    blocks = torch.zeros(1, FORMATS["Q8_0"].block_bytes, dtype=torch.uint8, device=device)
+    blocks, out = torch.zeros(34, dtype=torch.uint8, device=device), torch.empty(32, device=device)
     try:
-        launch.decode_into("Q8_0", blocks, torch.empty(1, 32, device=device))
+        for _ in range(2):  # the second launch takes the short way
+            launch.decode_into("Q8_0", blocks, out)
     except Exception as error:
         return f"Triton does not work on {torch.cuda.get_device_name(device)} ({error})"
     return None

@@ -24,7 +24,7 @@ class Kernel(NamedTuple):
 KERNELS: dict[str, Kernel] = {}
 if WHY_NONE is None:
     KERNELS = {
-        "Q4_0": Kernel(legacy.q4_0, 2, 16, 2048, 4),
+        "Q4_0": Kernel(legacy.q4_0, 2, 16, 2048, 1),
         "Q4_1": Kernel(legacy.q4_1, 2, 16, 1024, 2),
         "Q5_0": Kernel(legacy.q5_0, 2, 16, 1024, 2),
         "Q5_1": Kernel(legacy.q5_1, 2, 16, 2048, 4),
@@ -40,11 +40,11 @@ if WHY_NONE is None:
         "IQ2_XS": Kernel(i_quants.iq2_xs, 32, 8, 1024, 2, "IQ2_XS"),
         "IQ2_S": Kernel(i_quants.iq2_s, 32, 8, 1024, 2, "IQ2_S"),
         "IQ3_XXS": Kernel(i_quants.iq3_xxs, 32, 8, 1024, 2, "IQ3_XXS"),
-        "IQ3_S": Kernel(i_quants.iq3_s, 32, 8, 1024, 2, "IQ3_S"),
+        "IQ3_S": Kernel(i_quants.iq3_s, 32, 8, 1024, 1, "IQ3_S"),
         "IQ4_NL": Kernel(i_quants.iq4_nl, 2, 16, 4096, 2),
         "IQ4_XS": Kernel(i_quants.iq4_xs, 16, 16, 2048, 2),
-        "TQ1_0": Kernel(ternary.tq1_0, 16, 16, 4096, 4),
+        "TQ1_0": Kernel(ternary.tq1_0, 16, 16, 2048, 1),
         "TQ2_0": Kernel(ternary.tq2_0, 16, 16, 1024, 2),
         "MXFP4": Kernel(float4.mxfp4, 2, 16, 4096, 2),
-        "NVFP4": Kernel(float4.nvfp4, 4, 16, 1024, 1),
+        "NVFP4": Kernel(float4.nvfp4, 4, 16, 2048, 1, "UE4M3_HALVES"),
     }

@@ -1,20 +1,18 @@
 """MXFP4 and NVFP4: read beside `formats/float4.py`; `at` and results as in `i_quants.py`.
 
-As there, E2M1 values are doubled and scales halved; here they are computed instead of looked up.
+As there, E2M1 values are doubled and scales halved; the `table` of NVFP4 is that of its scales.
 """
 
 import triton
 import triton.language as tl
 
-from .fields import u8
+from .fields import u8, value_of_nibble
 
 
 @triton.jit
 def e2m1_doubled(code):
-    """Sign, two exponent bits, one mantissa bit -> twice the number, as float32; the codebook has no minus zero."""
-    exponent, mantissa = (code >> 1) & 3, code & 1
-    magnitude = tl.where(exponent == 0, mantissa, (2 + mantissa) << (exponent - 1))
-    return tl.where(code < 8, magnitude, -magnitude).to(tl.float32)
+    """0 1 2 3 4 6 8 12 and their negatives; there is no minus zero."""
+    return value_of_nibble(code, 0x0C08060403020100, 0xF4F8FAFCFDFEFF00)
 
 
 @triton.jit
@@ -29,11 +27,5 @@ def mxfp4(at, table):
 @triton.jit
 def nvfp4(at, table):
     j, i = tl.arange(0, 4)[None, :, None], tl.arange(0, 16)[None, None, :]
-    byte = u8(at + j)
-    mantissa, exponent = byte & 7, (byte >> 3) & 15
-    normal = ((exponent + 119) << 23 | mantissa << 20).to(tl.float32, bitcast=True)
-    # 2 ** -10: half of the step between E4M3 numbers below the smallest normal one.
-    d = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.0009765625, normal)
-    # 0x7F, which would be NaN, counts as zero.
-    d = tl.where(byte == 127, 0.0, d)
+    d = tl.load(table + u8(at + j))
     return d * e2m1_doubled((u8(at + 4 + 8 * j + i % 8) >> (4 * (i // 8))) & 15)

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .fields import f16, u8, u16, u32_halves
+from .fields import f16, u8, u16, u32_halves, value_of_nibble
 
 
 @triton.jit
@@ -110,11 +110,8 @@ def iq3_s(at, table):
 
 @triton.jit
 def iq4_value(code):
-    """The codebook of IQ4_NL, -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113, as bytes of two words."""
-    low: tl.constexpr = 0xF6EADDCFBFAD9881
-    high: tl.constexpr = 0x7159453526190D01
-    word = tl.where(code < 8, tl.full(code.shape, low, tl.uint64), tl.full(code.shape, high, tl.uint64))
-    return (word >> (8 * (code & 7)).to(tl.uint64)).to(tl.int8).to(tl.float32)
+    """The codebook of IQ4_NL: -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113."""
+    return value_of_nibble(code, 0xF6EADDCFBFAD9881, 0x7159453526190D01)
 
 
 @triton.jit

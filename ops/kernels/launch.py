@@ -30,25 +30,39 @@ def decode_kernel(
     tl.store(out + first * (ROWS * VALUES) + i, values.to(out.dtype.element_ty), mask=b < n_here)
 
 
+# Compiled decoders by everything that Triton specialises on: its own look-up takes longer than many a decode.
+COMPILED: dict[tuple, object] = {}
+
+
 def decode_into(name: str, blocks: torch.Tensor, out: torch.Tensor) -> None:
-    """The kernel's twin of `BlockFormat.decode_into`: uint8 [n, block_bytes] -> out, contiguous [n, block_size].
+    """The kernel's twin of `BlockFormat.decode_into`: uint8 [..., n * block_bytes] -> out, contiguous, n * block_size.
 
     Blocks that do not lie contiguously at an even address are copied first: fields are read as 16-bit words.
     """
-    kernel, block_format = KERNELS[name], FORMATS[name]
+    if blocks.is_cuda and blocks.device.index != torch.cuda.current_device():
+        with torch.cuda.device(blocks.device):
+            return decode_into(name, blocks, out)
     if not blocks.is_contiguous() or blocks.data_ptr() % 2:
         blocks = blocks.clone(memory_format=torch.contiguous_format)
+    kernel, block_format = KERNELS[name], FORMATS[name]
     table = codebook(kernel.codebook, blocks.device) if kernel.codebook else blocks
+    n_blocks = blocks.numel() // block_format.block_bytes
     blocks_per_program = max(1, kernel.values_per_program // block_format.block_size)
-    decode_kernel[(triton.cdiv(len(blocks), blocks_per_program),)](
+    n_programs = triton.cdiv(n_blocks, blocks_per_program)
+    arguments = (
         blocks,
         out,
         table,
-        len(blocks),
+        n_blocks,
         kernel.decode,
         block_format.block_bytes,
         kernel.rows,
         kernel.values,
         blocks_per_program,
-        num_warps=kernel.n_warps,
     )
+    divides = blocks.data_ptr() % 16 == 0, out.data_ptr() % 16 == 0, n_blocks % 16 == 0
+    key = (name, kernel, out.dtype, blocks.device, divides, n_blocks == 1, n_blocks < 2**31)
+    if (compiled := COMPILED.get(key)) is None:
+        COMPILED[key] = decode_kernel[(n_programs,)](*arguments, num_warps=kernel.n_warps)
+    else:
+        compiled[(n_programs, 1, 1)](*arguments)
