@@ -16,6 +16,7 @@ import pytest
 import torch
 from gguf_native.loader import GGUFFile, open_gguf
 from gguf_native.loader import errors as e
+from gguf_native.ops import dequantize
 from gguf_native.ops.formats import FORMATS
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps exists on Linux only")
@@ -348,7 +349,10 @@ def test_a_file_of_llama_cpp(smollm2: Path) -> None:
             for t in reference.tensors
         ]
         for tensor in reference.tensors[::34]:
-            assert file.read(tensor.name).numpy().tobytes() == tensor.data.tobytes()
+            info, data = file.tensors[tensor.name], file.read(tensor.name)
+            assert data.numpy().tobytes() == tensor.data.tobytes()
+            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+            assert torch.equal(dequantize(data, info.type, info.shape), values.view(info.shape))
         keys = [key for key in reference.fields if not key.startswith(("GGUF.", "tokenizer.ggml.tokens"))]
         assert len(keys) > 25
         assert {key: file.metadata[key] for key in keys} == {key: reference.fields[key].contents() for key in keys}
