@@ -1,5 +1,10 @@
 """The host's model patchers, taught that a packed weight is patched beside, never in place."""
 
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import comfy.lora
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.utils
@@ -10,7 +15,16 @@ from ..ops.layout import is_packed
 from ..ops.lora import side_path
 from . import residency
 
+log = logging.getLogger("gguf_native")
+
 ATTACHMENT = "gguf_native"
+
+
+class Backup(NamedTuple):
+    """What the host keeps in `backup` to put a weight back."""
+
+    weight: torch.Tensor
+    inplace_update: bool
 
 
 class PackedPatching:
@@ -25,21 +39,28 @@ class PackedPatching:
         return super().partially_load(device_to, *args, **kwargs)
 
     def detach(self, unpatch_all=True):
+        model = super().detach(unpatch_all)
         if unpatch_all:
             for layer in packed_layers(self.model).values():
                 layer.side_path = None
-        return super().detach(unpatch_all)
+        return model
 
     def cleanup(self):
         super().cleanup()
         residency.leave_after_use(self)
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
-        if packed_layer(self.model, key) is not None and not force_cast:
-            if not return_weight:
-                return None
-            force_cast = True  # for saving: decoded, with its LoRAs
-        return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        layer = packed_layer(self.model, key)
+        if layer is None:
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        if return_weight or _is_resized(layer, key, self.patches.get(key, [])):
+            # Decoded, with its LoRAs: for saving, and where the model reads its own shape off the weight.
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast=True)
+        if force_cast:
+            # DynamicVRAM keeps small weights on the device.
+            self.backup[key] = Backup(layer.weight, False)
+            comfy.utils.set_attr_param(self.model, key, layer.weight.to(device_to))
+        return None
 
     def model_state_dict_for_saving(self, model=None, prefix=""):
         sd = super().model_state_dict_for_saving(model, prefix)
@@ -50,11 +71,12 @@ class PackedPatching:
         return sd
 
 
-class GGUFModelPatcherDynamic(PackedPatching, comfy.model_patcher.ModelPatcherDynamic):
+# Under the host's own names, because logs and other packs tell the memory mode by them.
+class ModelPatcherDynamic(PackedPatching, comfy.model_patcher.ModelPatcherDynamic):
     """DynamicVRAM: pages weights in from the file by itself."""
 
 
-class GGUFModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):
+class ModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):
     """The legacy path: CPU, WSL, AMD, `--disable-dynamic-vram`, and clones for torch.compile and hooks."""
 
     def partially_unload(self, device_to, *args, **kwargs):
@@ -62,33 +84,39 @@ class GGUFModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):
         hand_over(self, self.load_device)
         return freed
 
-    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
-        layer = packed_layer(self.model, key)
-        if layer is None:
-            return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
-        patches = self.patches.get(key, []) + combined_patches.get(key, [])
-        layer.side_path = _side_path(self, layer, key, patches, self.load_device)
+    def patch_hooks(self, hooks):
+        super().patch_hooks(hooks)
+        if hooks is not None:
+            hand_over(self, self.load_device)
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
+        if packed_layer(self.model, key) is None:
+            # The host writes into the weight, which may be a read-only view of the file.
+            weight = comfy.utils.get_attr(self.model, key)
+            weight.data = weight.data.clone()
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
+        was_hooked = self.current_hooks is not None
         super().unpatch_hooks(whitelist_keys_set)
-        hand_over(self, self.load_device)
+        # Only then: a clone that is not loaded shares these layers with the one that is.
+        if was_hooked:
+            hand_over(self, self.load_device)
 
 
 def adopt(patcher, role: str, patch_dtype: torch.dtype | None = None, patch_on_device: bool = False):
     """Give a patcher that the host made, and every clone of it, the patching of packed weights.
 
-    role: a row of residency.ROLES. patch_dtype: of the LoRA arithmetic, None for the model's compute dtype.
+    role: DIFFUSION, TEXT or VAE of residency. patch_dtype: of the LoRA arithmetic, None for the model's compute dtype.
     patch_on_device: keep adapters without a low-rank form on the GPU instead of sending them for every use.
     """
-    patcher.set_attachments(
-        ATTACHMENT, {"role": role, "patch_dtype": patch_dtype, "patch_on_device": patch_on_device}
-    )
+    patcher.set_attachments(ATTACHMENT, {"role": role, "patch_dtype": patch_dtype, "patch_on_device": patch_on_device})
     patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_CLONE, ATTACHMENT, _adopt_clone)
     return _adopt_clone(None, patcher)
 
 
 def _adopt_clone(_, patcher):
-    patcher.__class__ = GGUFModelPatcherDynamic if patcher.is_dynamic() else GGUFModelPatcher
+    patcher.__class__ = ModelPatcherDynamic if patcher.is_dynamic() else ModelPatcher
     return patcher
 
 
@@ -110,12 +138,30 @@ def packed_layers(model: torch.nn.Module) -> dict[str, PackedWeight]:
 
 def hand_over(patcher, device: torch.device) -> None:
     """Take the patches of packed weights from where the host put them to the layers' side paths."""
+    n_rewritten = 0
+    of_hooks = patcher.get_combined_hook_patches(patcher.current_hooks)
     for key, layer in packed_layers(patcher.model).items():
         layer.weight_lowvram_function = None
         layer.weight_function = [f for f in layer.weight_function if not getattr(f, "is_lowvram_patch", False)]
-        patches = patcher.patches.get(key, [])
+        patches = patcher.patches.get(key, []) + of_hooks.get(key, [])
         if layer.side_path is None or not layer.side_path.is_of(patches, device):
             layer.side_path = _side_path(patcher, layer, key, patches, device)
+            n_rewritten += layer.side_path is not None and layer.side_path.rewrite is not None
+    if n_rewritten:
+        log_slow_patches(n_rewritten)
+
+
+@cache
+def log_slow_patches(n_weights: int) -> None:
+    log.info(
+        "GGUF Native: the adapters of %d weights have no low-rank form (LoHa, LoKr, DoRA, ...): "
+        "these weights are rebuilt at every use, which is slower.",
+        n_weights,
+    )
+
+
+def _is_resized(layer: PackedWeight, key: str, patches: list) -> bool:
+    return tuple(comfy.lora.calculate_shape(patches, layer.weight, key)) != tuple(layer.weight.shape)
 
 
 def _side_path(patcher, layer: PackedWeight, key: str, patches: list, device: torch.device):

@@ -1,6 +1,7 @@
 """From a GGUF file to a ComfyUI VAE, its matrices and convolutions still packed."""
 
 import logging
+from functools import cache
 from pathlib import Path
 
 import comfy.diffusers_convert
@@ -12,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..config import settings
 from ..ops.layers import GGUFOps, PackedWeight
-from ..ops.layout import decoded, is_packed, reshape_packed
+from ..ops.layout import decoded, is_packed, relabel, reshape_packed
 from .errors import UnknownModelError
 from .model_patcher import adopt
 from .residency import VAE
@@ -22,14 +23,13 @@ log = logging.getLogger("gguf_native")
 
 # The host's VAEs take no `custom_operations`: their layers become ours, class by class, once they stand.
 PACKABLE = {
-    getattr(namespace, name): getattr(GGUFOps, name)
-    for namespace in (comfy.ops.disable_weight_init, comfy.ops.manual_cast)
+    getattr(comfy.ops.disable_weight_init, name): getattr(GGUFOps, name)
     for name in ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "Embedding")
 }
 
 
 class GGUFVAE(comfy.sd.VAE):
-    """The host's VAE with packed layers. With `vae_slicing` it decodes one latent at a time, in tiles if one is too big."""
+    """The host's VAE with packed layers. With `vae_slicing` it decodes one latent at a time, a big one in tiles."""
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """The state dict that CheckpointSave writes: dense, so that any loader reads it."""
@@ -48,6 +48,8 @@ class GGUFVAE(comfy.sd.VAE):
 
     def _decode_one(self, latent: torch.Tensor, options: dict) -> torch.Tensor:
         needed = self.memory_used_decode(latent.shape, self.vae_dtype)
+        # As the host's decode does: what other models hold counts as free only once they have left.
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
         if latent.ndim == 4 and needed > self.patcher.get_free_memory(self.device):
             log.info("GGUF Native: %.1f GB do not fit for one picture: decoding it in tiles.", needed / 2**30)
             return self.decode_tiled(latent)
@@ -67,14 +69,14 @@ def load_vae(path: str) -> GGUFVAE:
     vae = comfy.sd.VAE(sd=dense, metadata=metadata)
     if vae.first_stage_model is None:
         raise UnknownModelError(
-            f"{Path(path).name}: holds no VAE that this ComfyUI knows. Its first tensors are {', '.join(list(sd)[:8])}; "
-            "a diffusion model belongs into the UNet loader, a text encoder into a CLIP loader."
+            f"{Path(path).name}: holds no VAE that this ComfyUI knows. Its first tensors are {', '.join(list(sd)[:8])};"
+            " a diffusion model belongs into the UNet loader, a text encoder into a CLIP loader."
         )
     for name, layer in vae.first_stage_model.named_modules():
         packed = sd.get(f"{name}.weight")
-        if is_packed(packed) and type(layer) in PACKABLE:
-            layer.__class__ = PACKABLE[type(layer)]
-            blocks = reshape_packed(packed, tuple(layer.weight.shape)).to(vae.vae_dtype)
+        if is_packed(packed) and isinstance(layer, tuple(PACKABLE)):
+            layer.__class__ = packed_class(type(layer))
+            blocks = relabel(reshape_packed(packed, tuple(layer.weight.shape)), vae.vae_dtype)
             layer.weight = torch.nn.Parameter(blocks, requires_grad=False)
     vae.__class__ = GGUFVAE
     vae.size = comfy.model_management.module_size(vae.first_stage_model)
@@ -82,6 +84,13 @@ def load_vae(path: str) -> GGUFVAE:
     vae.patcher.cached_patcher_init = (load_vae_patcher, (path,))
     vae.patcher = adopt(vae.patcher, VAE)
     return vae
+
+
+@cache
+def packed_class(kind: type) -> type:
+    """The host's layer class `kind` with a packed weight; a VAE's own kind of convolution keeps its forward."""
+    ours = next(ours for host, ours in PACKABLE.items() if issubclass(kind, host))
+    return ours if kind.__module__ == comfy.ops.__name__ else type(kind.__name__, (ours, kind), {})
 
 
 def load_vae_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:

@@ -4,7 +4,7 @@ import comfy.ops
 import torch
 import torch.nn.functional as F
 
-from .layout import is_packed, reshape_packed
+from .layout import is_packed, relabel, reshape_packed
 from .lora import SidePath
 from .matmul import decode_weight, gather_rows
 
@@ -45,9 +45,12 @@ class PackedWeight:
             tensor = given[name]
             if name == "weight":
                 tensor = _as_shape(tensor, self.expected_shape(), prefix + name)
-            # For a packed weight the dtype is a label. A plain one is cast now, unless DynamicVRAM does so on its way.
-            if is_packed(tensor) or not local_metadata.get("assign_to_params_buffers", False):
-                tensor = tensor.to(getattr(self, f"{name}_comfy_model_dtype", None) or tensor.dtype)
+            dtype = getattr(self, f"{name}_comfy_model_dtype", None) or tensor.dtype
+            if is_packed(tensor):
+                tensor = relabel(tensor, dtype)
+            # Under DynamicVRAM a plain one is cast on its way to the GPU.
+            elif not local_metadata.get("assign_to_params_buffers", False):
+                tensor = tensor.to(dtype)
             setattr(self, name, torch.nn.Parameter(tensor, requires_grad=False))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -81,9 +81,14 @@ def reshape_packed(weight: QuantizedTensor, shape: tuple[int, ...]) -> Quantized
     return QuantizedTensor(weight._qdata, LAYOUT, replace(weight._params, orig_shape=tuple(shape)))
 
 
+def relabel(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
+    """The same blocks claiming to be `dtype`; outside inference mode, `.to(dtype)` would copy them."""
+    return QuantizedTensor(weight._qdata, LAYOUT, replace(weight._params, orig_dtype=dtype))
+
+
 def decoded(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """Values of a packed weight: `dtype`, its logical shape, on its device."""
-    return weight.to(dtype).dequantize()
+    return relabel(weight, dtype).dequantize()
 
 
 def _decode_to(dtype: torch.dtype, args: tuple) -> list:
@@ -95,6 +100,23 @@ def _t(weight, args, kwargs):
     params = weight._params
     flipped = replace(params, orig_shape=params.orig_shape[::-1], transposed=not params.transposed)
     return QuantizedTensor(weight._qdata, LAYOUT, flipped)
+
+
+# `.to(device, dtype)`: comfy-kitchen has the other forms of `.to` itself.
+@register_layout_op(torch.ops.aten.to.device, GGUFLayout)
+def _to_device(weight, args, kwargs):
+    _, device, dtype, _, copy = (*args, False, False)[:5]
+    qdata = weight._qdata.to(device, copy=copy or kwargs.get("copy", False))
+    return QuantizedTensor(qdata, LAYOUT, replace(weight._params, orig_dtype=dtype))
+
+
+# The host reshapes weights of checkpoints whose names it converts.
+@register_layout_op(torch.ops.aten.reshape.default, GGUFLayout)
+@register_layout_op(torch.ops.aten.view.default, GGUFLayout)
+def _reshape(weight, args, kwargs):
+    if weight._params.transposed:
+        return weight.dequantize().reshape(args[1])
+    return reshape_packed(weight, torch.empty(weight.shape, device="meta").reshape(args[1]).shape)
 
 
 @register_layout_op(torch.ops.aten.linear.default, GGUFLayout)

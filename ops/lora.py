@@ -29,7 +29,7 @@ class LowRank(NamedTuple):
 class SidePath:
     """What one layer adds to its packed weight: low-rank factors, or a function of the dense weight, never both."""
 
-    patches: list  # the host's tuples (strength, adapter, strength_model, offset, function)
+    patches: tuple  # the host's tuples (strength, adapter, strength_model, offset, function)
     device: torch.device
     low_rank: LowRank | None
     rewrite: Callable[[torch.Tensor], torch.Tensor] | None
@@ -57,13 +57,15 @@ def side_path(
     if None not in factors:
         down = torch.cat([down for down, _ in factors]).to(device, dtype)
         up = torch.cat([up for _, up in factors], dim=1).to(device, dtype)
-        return SidePath(patches, device, LowRank(down, up), None)
+        return SidePath(tuple(patches), device, LowRank(down, up), None)
     used = [(p[0], _moved(p[1], device), *p[2:]) for p in patches] if patch_on_device else patches
 
     def rewrite(weight: torch.Tensor) -> torch.Tensor:
-        return comfy.lora.calculate_weight(used, weight.to(dtype), key, dtype).to(weight.dtype)
+        # "model_as_lora" subtracts the weight as it was before the patches, which change theirs in place.
+        changed, original = weight.to(dtype, copy=True), {key: [(weight,)]}
+        return comfy.lora.calculate_weight(used, changed, key, dtype, original).to(weight.dtype)
 
-    return SidePath(patches, device, None, rewrite)
+    return SidePath(tuple(patches), device, None, rewrite)
 
 
 def _factors(patch: tuple, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:

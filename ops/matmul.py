@@ -23,9 +23,7 @@ def _(blocks, type_number, shape, dtype):
 
 
 @torch.library.custom_op("gguf_native::dequantize_rows", mutates_args=())
-def dequantize_rows_op(
-    blocks: torch.Tensor, type_number: int, index: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def dequantize_rows_op(blocks: torch.Tensor, type_number: int, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_rows(blocks, type_number, index, dtype)
 
 

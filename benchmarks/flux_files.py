@@ -1,0 +1,112 @@
+"""A full-size Flux.1-dev with random weights: as GGUF of one type, and as the bfloat16 safetensors it decodes to.
+
+    python benchmarks/flux_files.py FOLDER TYPE ...
+
+Both files hold the same values, so that a sampler must give the same latent with either. 7 to 13 GB and 24 GB.
+"""
+
+import sys
+from pathlib import Path
+
+import gguf
+import torch
+from gguf_native.loader import open_gguf
+from gguf_native.ops import dequantize
+from gguf_native.ops.formats import FORMATS
+from safetensors.torch import save_file
+
+HIDDEN, DOUBLE, SINGLE, TEXT, POOLED = 3072, 19, 38, 4096, 768
+MLP = 4 * HIDDEN
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# As converters keep them: small or sensitive.
+KEPT = ("img_in", "time_in", "vector_in", "guidance_in", "final_layer.linear")
+# What each value is about when its block's scales are these: weights should spread by about 0.02.
+SPREAD = 0.02
+
+
+def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Flux.1-dev's tensors, in the order of its file."""
+    found = linear("img_in", HIDDEN, 64) | linear("txt_in", HIDDEN, TEXT)
+    for name, columns in (("time_in", 256), ("vector_in", POOLED), ("guidance_in", 256)):
+        found |= linear(f"{name}.in_layer", HIDDEN, columns) | linear(f"{name}.out_layer", HIDDEN, HIDDEN)
+    for block in range(DOUBLE):
+        for stream in ("img", "txt"):
+            at = f"double_blocks.{block}.{stream}_"
+            found |= linear(f"{at}mod.lin", 6 * HIDDEN, HIDDEN) | linear(f"{at}attn.qkv", 3 * HIDDEN, HIDDEN)
+            found |= {f"{at}attn.norm.query_norm.scale": (128,), f"{at}attn.norm.key_norm.scale": (128,)}
+            found |= linear(f"{at}attn.proj", HIDDEN, HIDDEN)
+            found |= linear(f"{at}mlp.0", MLP, HIDDEN) | linear(f"{at}mlp.2", HIDDEN, MLP)
+    for block in range(SINGLE):
+        at = f"single_blocks.{block}."
+        found |= linear(f"{at}linear1", 3 * HIDDEN + MLP, HIDDEN) | linear(f"{at}linear2", HIDDEN, HIDDEN + MLP)
+        found |= {f"{at}norm.query_norm.scale": (128,), f"{at}norm.key_norm.scale": (128,)}
+        found |= linear(f"{at}modulation.lin", 3 * HIDDEN, HIDDEN)
+    return (
+        found | linear("final_layer.linear", 64, HIDDEN) | linear("final_layer.adaLN_modulation.1", 2 * HIDDEN, HIDDEN)
+    )
+
+
+def random_blocks(type_name: str, n_blocks: int, generator: torch.Generator) -> torch.Tensor:
+    """uint8 [n_blocks, block_bytes] of random bits whose scales make the values spread by about SPREAD."""
+    block = FORMATS[type_name]
+    blocks = torch.randint(0, 256, (n_blocks, block.block_bytes), dtype=torch.uint8, device=DEVICE, generator=generator)
+    # Where d and dmin lie, how widely values spread at d = 1, and dmin / d that centres them.
+    places, spread, centre = {
+        "Q4_0": ((0,), 4.6, None),
+        "Q8_0": ((0,), 74, None),
+        "Q3_K": ((108,), 2.3 * 18, None),
+        "Q4_K": ((0, 2), 4.6 * 32, 7.5),
+        "Q5_K": ((0, 2), 9.2 * 32, 15.5),
+        "Q6_K": ((208,), 18.5 * 74, None),
+    }[type_name]
+    d = (torch.rand(n_blocks, device=DEVICE, generator=generator) * 0.5 + 0.75) * SPREAD / spread
+    for place, scale in zip(places, (d, d * centre if centre else d), strict=False):
+        blocks[:, place : place + 2] = scale.half().view(torch.uint8).view(-1, 2)
+    return blocks
+
+
+def write_gguf(path: Path, type_name: str) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    writer = gguf.GGUFWriter(path, "flux")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, shape in shapes().items():
+        if len(shape) == 1 or name.startswith(KEPT):
+            spread = 0.01 if len(shape) == 1 else SPREAD
+            values = torch.randn(shape, device=DEVICE, generator=generator) * spread
+            writer.add_tensor(name, (torch.ones_like(values) if name.endswith("scale") else values).cpu().numpy())
+        else:
+            n_blocks = shape[0] * shape[1] // FORMATS[type_name].block_size
+            blocks = random_blocks(type_name, n_blocks, generator).view(shape[0], -1).cpu().numpy()
+            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[type_name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_decoded(source: Path, target: Path) -> None:
+    """The GGUF file's values in bfloat16; how exactly they decode is the business of the tests."""
+    with open_gguf(source) as file:
+        save_file(
+            {
+                name: dequantize(file.read(name).to(DEVICE), info.type, info.shape, torch.bfloat16).cpu()
+                for name, info in file.tensors.items()
+            },
+            target,
+        )
+
+
+def main(folder: str, *type_names: str) -> None:
+    for type_name in type_names:
+        packed = Path(folder) / f"flux-{type_name}.gguf"
+        write_gguf(packed, type_name)
+        write_decoded(packed, packed.with_suffix(".safetensors"))
+        print(f"{packed.name}: {packed.stat().st_size / 1e9:.2f} GB", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

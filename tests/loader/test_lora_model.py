@@ -1,0 +1,513 @@
+"""LoRAs of every kind beside packed weights: the latent is that of the host's own LoRA on the decoded weights."""
+
+import functools
+
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
+
+import comfy.hooks
+import comfy.sample
+import comfy.sd
+import comfy.utils
+import folder_paths
+from comfy_extras import nodes_hooks, nodes_model_merging
+from gguf_native.loader.diffusion_model import load_diffusion_model
+from gguf_native.loader.lora import LoraMismatchError, apply_lora
+from gguf_native.loader.model_patcher import packed_layers
+from gguf_native.loader.text_encoder import load_text_encoder
+from gguf_native.nodes.apply_lora import LoraLoaderGGUF
+from host import quantise
+from sampling import INPUTS, normal, relative_error, sample
+
+BOUND = 1e-3
+CPU = torch.device("cpu")
+RANK = 4
+FLUX, SD15 = ("tiny_flux_256", "Q4_K"), ("tiny_sd15", "Q8_0")
+LAYERS = {
+    FLUX: ("double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.2", "single_blocks.1.linear1"),
+    SD15: (
+        "input_blocks.1.0.in_layers.2",
+        "middle_block.1.transformer_blocks.0.attn1.to_q",
+        "middle_block.2.out_layers.3",
+        "output_blocks.0.0.skip_connection",
+    ),
+}
+
+
+def plain(shape):
+    """up [out, rank], down [rank, in], and for a convolution its kernel on the way down (LoCon)."""
+    ones = (1,) * (len(shape) - 2)
+    return {"lora_up.weight": (shape[0], RANK, *ones), "lora_down.weight": (RANK, *shape[1:])}
+
+
+def tucker(shape):
+    """LoCon in three parts: the kernel in the middle."""
+    if len(shape) == 2:
+        return plain(shape)
+    up, down = (shape[0], RANK, 1, 1), (RANK, shape[1], 1, 1)
+    return {"lora_up.weight": up, "lora_down.weight": down, "lora_mid.weight": (RANK, RANK, *shape[2:])}
+
+
+def loha(shape):
+    rest = torch.Size(shape[1:]).numel()
+    out, into = (shape[0], RANK), (RANK, rest)
+    return {"hada_w1_a": out, "hada_w1_b": into, "hada_w2_a": out, "hada_w2_b": into}
+
+
+# Adapter -> the tensors of its file for a weight of some shape, as {end of name: shape}.
+ADAPTERS = {
+    "lora": plain,
+    "alpha": lambda shape: plain(shape) | {"alpha": ()},
+    "bias": lambda shape: plain(shape) | {"diff_b": shape[:1]},
+    "tucker": tucker,
+    "dora": lambda shape: plain(shape) | {"dora_scale": (shape[0], *(1,) * (len(shape) - 1))},
+    "loha": loha,
+    "lokr": lambda shape: {"lokr_w1": (4, 4), "lokr_w2": (shape[0] // 4, shape[1] // 4, *shape[2:])},
+    "oft": lambda shape: {"oft_blocks": (shape[0] // 8, 8, 8)},
+    "diff": lambda shape: {"diff": shape},
+    "set": lambda shape: {"set_weight": shape},
+}
+LOW_RANK = ("lora", "alpha", "bias")
+# A convolution is decoded for every call in any case: its LoRAs go the way of the other adapters.
+CASES = [(FLUX, adapter) for adapter in ADAPTERS if adapter != "tucker"]
+CASES += [(SD15, adapter) for adapter in ("lora", "bias", "tucker", "dora", "lokr", "oft")]
+
+
+@pytest.fixture(autouse=True)
+def inference(host):
+    with torch.inference_mode():
+        yield
+
+
+@functools.cache
+def decoded_weights(path) -> dict[str, torch.Tensor]:
+    return dict(quantise.decoded_tensors(path))
+
+
+def by_the_host(samples, model) -> ModelPatcher:
+    """What ComfyUI's own loader makes of the same weights, decoded."""
+    weights = {key: tensor.clone() for key, tensor in decoded_weights(samples.gguf(*model)).items()}
+    return comfy.sd.load_diffusion_model_state_dict(weights, disable_dynamic=True)
+
+
+def packed(samples, model) -> ModelPatcher:
+    return load_diffusion_model(str(samples.gguf(*model)))
+
+
+def values(end: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Random, of a size that changes a weight by about a tenth of itself; alphas and scales near their usual values."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if end == "alpha":
+        return torch.tensor(RANK / 2)
+    if end == "dora_scale":
+        return 1 + 0.1 * noise
+    if end.startswith("hada"):
+        return noise * 0.3
+    if end in ("lora_up.weight", "lora_mid.weight", "lokr_w1"):
+        return noise * 0.3
+    return noise / torch.Size(shape[1:]).numel() ** 0.5
+
+
+def adapter_file(samples, model, adapter: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA file with one adapter for each of LAYERS."""
+    weights, tensors = decoded_weights(samples.gguf(*model)), {}
+    for layer in LAYERS[model]:
+        for end, shape in ADAPTERS[adapter](tuple(weights[f"{layer}.weight"].shape)).items():
+            tensors[f"diffusion_model.{layer}.{end}"] = values(end, shape, seed + len(tensors))
+    return tensors
+
+
+def with_lora(model: ModelPatcher, lora: dict, strength: float = 1.0) -> ModelPatcher:
+    """As the host's node LoraLoader does it."""
+    return comfy.sd.load_lora_for_models(model, None, dict(lora), strength, 0)[0]
+
+
+def predict(patcher: ModelPatcher, name: str) -> torch.Tensor:
+    """What the model makes of noise, loaded as it is now."""
+    shape, context, pooled = INPUTS[name]
+    noise, model = normal(*shape, seed=1), patcher.model
+    conditions = model.extra_conds(
+        noise=noise,
+        device=CPU,
+        cross_attn=normal(1, 12, context, seed=2),
+        pooled_output=normal(1, pooled, seed=3),
+        guidance=3.5,
+    )
+    sigma = model.model_sampling.sigma_max.reshape(1)
+    return model.apply_model(noise, sigma, **{key: value.cond for key, value in conditions.items()})
+
+
+def loaded_in_part(patcher: ModelPatcher) -> ModelPatcher:
+    """Have some layers loaded and some not, then some more unloaded: as in a full VRAM without DynamicVRAM."""
+    for percent in range(99, 0, -1):
+        patcher.detach()
+        patcher.patch_model(CPU, patcher.model_size() * percent / 100)
+        states = {getattr(layer, "comfy_patched_weights", False) for layer in packed_layers(patcher.model).values()}
+        if states == {True, False}:
+            assert patcher.partially_unload(CPU, patcher.loaded_size() * 0.3) > 0
+            return patcher
+    pytest.fail("the host never loads this model in part")
+
+
+@pytest.fixture(params=["complete", "in part", "dynamic"])
+def run(request):
+    """Function (patcher, name of the sample) -> latent, in one memory mode."""
+    if request.param == "dynamic":
+        request.getfixturevalue("dynamic_vram_on_cpu")
+    if request.param == "in part":
+        return lambda patcher, name: predict(loaded_in_part(patcher), name)
+    return lambda patcher, name: sample(patcher, name, steps=1)
+
+
+@pytest.fixture(scope="module")
+def expected(samples):
+    """Function (model, adapter, loaded in part) -> (latent of the host with the LoRA, without it), computed once."""
+
+    host_model = functools.cache(lambda model: by_the_host(samples, model))
+
+    @functools.cache
+    def latents(model, adapter, in_part):
+        base = host_model(model)
+        lora = with_lora(base, adapter_file(samples, model, adapter))
+        if not in_part:
+            return sample(lora, model[0], steps=1), sample(base, model[0], steps=1)
+        return tuple(predict(loaded(patcher), model[0]) for patcher in (lora, base))
+
+    return latents
+
+
+def loaded(patcher: ModelPatcher) -> ModelPatcher:
+    patcher.partially_load(CPU, 1e32)
+    return patcher
+
+
+def assert_nothing_merged(patcher: ModelPatcher, n_packed: int) -> None:
+    layers = packed_layers(patcher.model)
+    assert len(layers) == n_packed
+    for layer in layers.values():
+        assert not any(getattr(f, "is_lowvram_patch", False) for f in layer.weight_function)
+        assert getattr(layer, "weight_lowvram_function", None) is None
+
+
+@pytest.mark.parametrize(("model", "adapter"), CASES, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_latent_is_that_of_the_host_with_the_lora(samples, expected, request, run, model, adapter):
+    mode = request.node.callspec.params["run"]
+    if (mode, adapter) == ("dynamic", "bias"):
+        pytest.skip("on a CPU the host itself does not patch plain tensors under DynamicVRAM")
+    base = packed(samples, model)
+    n_packed = len(packed_layers(base.model))
+    blocks = {key: layer.weight._qdata.clone() for key, layer in packed_layers(base.model).items()}
+    assert base.is_dynamic() == (mode == "dynamic")
+
+    lora = with_lora(base, adapter_file(samples, model, adapter))
+    latent = run(lora, model[0])
+    with_it, without_it = expected(model, adapter, mode == "in part")
+    assert relative_error(latent, with_it) < BOUND
+    assert relative_error(with_it, without_it) > 5 * BOUND
+    assert_nothing_merged(lora, n_packed)
+    for layer in LAYERS[model]:
+        path = packed_layers(lora.model)[f"diffusion_model.{layer}.weight"].side_path
+        is_matrix = len(path_shape(lora, layer)) == 2
+        assert (path.low_rank is not None) == (is_matrix and adapter in (*LOW_RANK, "tucker"))
+
+    assert torch.equal(run(base, model[0]), without_it)
+    assert_nothing_merged(base, n_packed)
+    assert all(layer.side_path is None for layer in packed_layers(base.model).values())
+    for key, layer in packed_layers(base.model).items():
+        assert torch.equal(layer.weight._qdata, blocks[key])
+
+
+def path_shape(patcher: ModelPatcher, layer: str) -> tuple[int, ...]:
+    return tuple(packed_layers(patcher.model)[f"diffusion_model.{layer}.weight"].weight.shape)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, -1.0, 0.0])
+def test_strength(samples, strength):
+    lora = adapter_file(samples, FLUX, "alpha")
+    base = packed(samples, FLUX)
+    without = sample(base, FLUX[0], steps=1)
+    latent = sample(with_lora(base, lora, strength), FLUX[0], steps=1)
+    assert relative_error(latent, sample(with_lora(by_the_host(samples, FLUX), lora, strength), FLUX[0], 1)) < BOUND
+    assert torch.equal(latent, without) == (strength == 0)
+
+
+def test_two_loras_are_one_pair_of_factors(samples):
+    first, second = adapter_file(samples, FLUX, "lora"), adapter_file(samples, FLUX, "alpha", seed=100)
+    base, reference = packed(samples, FLUX), by_the_host(samples, FLUX)
+    both = with_lora(with_lora(base, first), second, 0.7)
+    latent = sample(both, FLUX[0], steps=1)
+    assert relative_error(latent, sample(with_lora(with_lora(reference, first), second, 0.7), FLUX[0], 1)) < BOUND
+    for layer in LAYERS[FLUX]:
+        low_rank = packed_layers(both.model)[f"diffusion_model.{layer}.weight"].side_path.low_rank
+        out, into = path_shape(both, layer)
+        assert low_rank.down.shape == (2 * RANK, into)
+        assert low_rank.up.shape == (out, 2 * RANK)
+
+
+def test_lora_and_another_adapter_on_the_same_weights(samples):
+    first, second = adapter_file(samples, FLUX, "lora"), adapter_file(samples, FLUX, "loha", seed=100)
+    both = with_lora(with_lora(packed(samples, FLUX), first), second)
+    expected = with_lora(with_lora(by_the_host(samples, FLUX), first), second)
+    assert relative_error(sample(both, FLUX[0], steps=1), sample(expected, FLUX[0], steps=1)) < BOUND
+
+
+@pytest.mark.parametrize("adapter", ["lora", "lokr"])
+def test_on_and_off_and_on_again(samples, adapter):
+    base = packed(samples, FLUX)
+    lora = with_lora(base, adapter_file(samples, FLUX, adapter))
+    stronger = with_lora(base, adapter_file(samples, FLUX, adapter), 2.0)
+    off, on = sample(base, FLUX[0], steps=1), sample(lora, FLUX[0], steps=1)
+    changed = sample(stronger, FLUX[0], steps=1)
+    assert not torch.equal(changed, on)
+    assert torch.equal(sample(base, FLUX[0], steps=1), off)
+    assert torch.equal(sample(lora, FLUX[0], steps=1), on)
+    assert torch.equal(sample(stronger, FLUX[0], steps=1), changed)
+
+
+def test_patches_added_to_a_loaded_model_count(samples):
+    lora = with_lora(packed(samples, FLUX), adapter_file(samples, FLUX, "lora"))
+    once = sample(lora, FLUX[0], steps=1)
+    for key, patches in list(lora.patches.items()):
+        lora.add_patches({key: patches[0][1]}, 1.0)
+    twice = sample(lora, FLUX[0], steps=1)
+    expected = with_lora(by_the_host(samples, FLUX), adapter_file(samples, FLUX, "lora"), 2.0)
+    assert not torch.equal(twice, once)
+    assert relative_error(twice, sample(expected, FLUX[0], steps=1)) < BOUND
+
+
+def test_unloaded_model_keeps_no_lora(samples):
+    lora = with_lora(packed(samples, FLUX), adapter_file(samples, FLUX, "lora"))
+    sample(lora, FLUX[0], steps=1)
+    assert any(layer.side_path for layer in packed_layers(lora.model).values())
+    lora.detach()
+    assert not any(layer.side_path for layer in packed_layers(lora.model).values())
+
+
+def test_slices_of_a_fused_matrix(samples, run):
+    """Files for diffusers name q, k and v of Flux apart; ComfyUI has them in one matrix."""
+    ends = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_v_proj"]
+    names = [f"transformer.transformer_blocks.0.{end}" for end in ends]
+    names += [f"transformer.single_transformer_blocks.0.{end}" for end in ("attn.to_k", "proj_mlp")]
+    lora = {}
+    for name in names:
+        out = 1024 if name.endswith("proj_mlp") else 256
+        lora[f"{name}.lora_A.weight"] = values("down", (RANK, 256), len(lora))
+        lora[f"{name}.lora_B.weight"] = values("lora_up.weight", (out, RANK), len(lora))
+    base = packed(samples, FLUX)
+    patched = with_lora(base, lora)
+    assert sum(len(patches) for patches in patched.patches.values()) == len(names)
+    reference = with_lora(by_the_host(samples, FLUX), lora)
+    latent = run(patched, FLUX[0])
+    layers = packed_layers(patched.model)
+    fused = layers["diffusion_model.double_blocks.0.img_attn.qkv.weight"].side_path.low_rank
+    assert fused.down.shape == (3 * RANK, 256)
+    with_it = predict(loaded(reference), FLUX[0]) if patched.model.model_lowvram else sample(reference, FLUX[0], 1)
+    assert relative_error(latent, with_it) < BOUND
+    assert relative_error(latent, run(base, FLUX[0])) > 5 * BOUND
+
+
+@pytest.mark.parametrize("mode", ["complete", "dynamic"])
+def test_lora_that_widens_a_matrix(samples, request, mode):
+    """Flux control LoRAs double the channels of img_in; the host reads the new number off the weight."""
+    if mode == "dynamic":
+        request.getfixturevalue("dynamic_vram_on_cpu")
+    model = ("tiny_flux_256", "Q8_0")
+    lora = {
+        "diffusion_model.img_in.lora_A.weight": values("down", (RANK, 128), 1),
+        "diffusion_model.img_in.lora_B.weight": values("lora_up.weight", (256, RANK), 2),
+        "diffusion_model.img_in.reshape_weight": torch.tensor([256, 128]),
+    }
+    base = packed(samples, model)
+    n_packed = len(packed_layers(base.model))
+    off = sample(base, model[0], steps=1)
+    on = sample(with_lora(base, lora), model[0], steps=1)
+    assert base.model.diffusion_model.img_in.weight.shape == (256, 128)
+    reference = with_lora(by_the_host(samples, model), lora)
+    assert relative_error(on, sample(reference, model[0], steps=1)) < BOUND
+    assert relative_error(on, off) > 5 * BOUND
+    assert torch.equal(sample(base, model[0], steps=1), off)
+    assert len(packed_layers(base.model)) == n_packed
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+@pytest.mark.parametrize("packed_one", [1, 2, "both"])
+def test_merge_of_two_models(samples, packed_one, ratio):
+    """ModelMergeSimple of GGUF and safetensors in either order; the other model has the weights in another type."""
+    other = (FLUX[0], "Q8_0")
+    dense = [by_the_host(samples, FLUX), by_the_host(samples, other)]
+    mixed = list(dense)
+    if packed_one in (1, "both"):
+        mixed[0] = packed(samples, FLUX)
+    if packed_one in (2, "both"):
+        mixed[1] = packed(samples, other)
+    merge = nodes_model_merging.ModelMergeSimple().merge
+    latent = sample(merge(*mixed, ratio)[0], FLUX[0], steps=1)
+    assert relative_error(latent, sample(merge(*dense, ratio)[0], FLUX[0], steps=1)) < 1e-5
+    assert torch.equal(sample(mixed[0], FLUX[0], 1), sample(dense[0], FLUX[0], 1))
+
+
+def hooked_sample(model: ModelPatcher, name: str, hooks: comfy.hooks.HookGroup):
+    """Three steps with the hooks on the positive prompt alone: the host switches them on and off in each step."""
+    shape, context, pooled = INPUTS[name]
+    extra = {"pooled_output": normal(1, pooled, seed=3), "guidance": 3.5}
+    positive = comfy.hooks.set_hooks_for_conditioning([[normal(1, 12, context, seed=2), dict(extra)]], hooks)
+    negative = [[normal(1, 12, context, seed=5), dict(extra)]]
+    return comfy.sample.sample(
+        model,
+        normal(*shape, seed=1),
+        3,
+        2.0,
+        "euler",
+        "simple",
+        positive,
+        negative,
+        torch.zeros(shape),
+        disable_pbar=True,
+        seed=1,
+    )
+
+
+@pytest.fixture
+def lora_folder(tmp_path, monkeypatch):
+    _, extensions = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+def scheduled_lora(lora: dict, folder) -> comfy.hooks.HookGroup:
+    """The host's nodes: a LoRA that is off, then weak, then strong, in the course of sampling."""
+    save_file(lora, folder / "hooked.safetensors")
+    (hooks,) = nodes_hooks.CreateHookLora().create_hook("hooked.safetensors", 1.0, 0.0)
+    frames = None
+    for strength, start in ((0.0, 0.0), (0.5, 0.2), (1.5, 0.6)):
+        (frames,) = nodes_hooks.CreateHookKeyframe().create_hook_keyframe(strength, start, frames)
+    return nodes_hooks.SetHookKeyframes().set_hook_keyframes(hooks, frames)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "dynamic"), [(FLUX, "bias", False), (FLUX, "bias", True), (SD15, "lokr", False)]
+)
+def test_lora_hooks_with_keyframes(samples, request, lora_folder, model, adapter, dynamic):
+    if dynamic:
+        request.getfixturevalue("dynamic_vram_on_cpu")
+    lora = adapter_file(samples, model, adapter)
+    base, reference = packed(samples, model), by_the_host(samples, model)
+    # A LoRA of the ordinary kind under the hooks.
+    under = adapter_file(samples, model, "lora", seed=100)
+    off = sample(base, model[0], steps=1)
+    latents = [
+        hooked_sample(with_lora(m, under), model[0], scheduled_lora(lora, lora_folder)) for m in (base, reference)
+    ]
+    unhooked = hooked_sample(with_lora(base, under), model[0], None)
+    assert relative_error(*latents) < BOUND
+    assert relative_error(unhooked, latents[1]) > 5 * BOUND
+    assert torch.equal(sample(base, model[0], steps=1), off)
+
+
+def test_model_as_lora_hook(samples):
+    other = by_the_host(samples, (FLUX[0], "Q5_K"))
+    weights = comfy.hooks.get_patch_weights_from_model(other)
+    base, reference = packed(samples, FLUX), by_the_host(samples, FLUX)
+    under = adapter_file(samples, FLUX, "lora")
+    latents = []
+    for model in (base, reference):
+        hooks = comfy.hooks.create_hook_model_as_lora(weights, None, 1.5, 0.0)
+        latents.append(hooked_sample(with_lora(model, under), FLUX[0], hooks))
+    assert relative_error(*latents) < BOUND
+    assert relative_error(hooked_sample(with_lora(base, under), FLUX[0], None), latents[1]) > 0.003
+
+
+def test_hooks_survive_a_partial_unload(samples):
+    lora = adapter_file(samples, FLUX, "lora")
+    patcher = packed(samples, FLUX)
+    hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    patcher.register_all_hook_patches(hooks, target, {})
+    loaded(patcher).apply_hooks(hooks)
+    hooked = predict(patcher, FLUX[0])
+    patcher.partially_unload(CPU, patcher.model_size() * 0.3)
+    patcher.apply_hooks(hooks)
+    assert torch.equal(predict(patcher, FLUX[0]), hooked)
+    patcher.apply_hooks(None)
+    assert relative_error(predict(patcher, FLUX[0]), hooked) > 5 * BOUND
+
+
+def test_nodes_of_host_and_pack_take_the_same_path(samples, lora_folder):
+    lora = adapter_file(samples, FLUX, "alpha")
+    save_file(lora, lora_folder / "first.safetensors")
+    base = packed(samples, FLUX)
+    by_host = sample(with_lora(base, lora, 0.8), FLUX[0], steps=1)
+    by_loader = apply_lora(base, None, str(lora_folder / "first.safetensors"), 0.8, 0)[0]
+    by_node = LoraLoaderGGUF.execute(base, lora_1="first.safetensors", strength_model_1=0.8, lora_2="none").args
+    assert torch.equal(sample(by_loader, FLUX[0], steps=1), by_host)
+    assert torch.equal(sample(by_node[0], FLUX[0], steps=1), by_host)
+    assert by_node[1] is None
+
+
+def test_node_without_an_effect_gives_the_model_back(samples, lora_folder):
+    save_file(adapter_file(samples, FLUX, "lora"), lora_folder / "first.safetensors")
+    base = packed(samples, FLUX)
+    off = LoraLoaderGGUF.execute(base, lora_1="first.safetensors", strength_model_1=0, strength_clip_1=0)
+    assert off.args[0] is base
+
+
+def embeddings(clip: comfy.sd.CLIP) -> torch.Tensor:
+    cond, pooled = clip.encode_from_tokens(clip.tokenize("a small test of a prompt"), return_pooled=True)
+    return torch.cat([cond.flatten(), pooled.flatten()])
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_lora_on_a_text_encoder(samples, strength):
+    path = samples.gguf("tiny_clip_l", "Q8_0")
+    clip = load_text_encoder([str(path)], "stable_diffusion")
+    lora = load_file(samples.sample("tiny_clip_l_lora"))
+    weights = {key: tensor.clone() for key, tensor in decoded_weights(path).items()}
+    saved = comfy.sd.load_text_encoder_state_dicts(
+        [weights], model_options={"model_config": {**samples.TINY_CLIP_L}, "dtype": torch.float32}
+    )
+    off = embeddings(clip)
+    by_host = comfy.sd.load_lora_for_models(None, clip, dict(lora), 0, strength)[1]
+    expected = embeddings(comfy.sd.load_lora_for_models(None, saved, dict(lora), 0, strength)[1])
+    on = embeddings(by_host)
+    assert relative_error(on, expected) < BOUND
+    assert relative_error(off, expected) > 5 * BOUND
+    by_loader = apply_lora(packed(samples, FLUX), clip, str(samples.sample("tiny_clip_l_lora")), 1.0, strength)[1]
+    assert torch.equal(embeddings(by_loader), on)
+    assert torch.equal(embeddings(clip), off)
+    assert len(packed_layers(clip.cond_stage_model)) > 0
+
+
+def test_lora_of_another_model_is_named(samples):
+    base = packed(samples, FLUX)
+    with pytest.raises(LoraMismatchError) as error:
+        apply_lora(base, None, str(samples.sample("tiny_clip_l_lora")), 1.0, 1.0)
+    for part in ("tiny_clip_l_lora.safetensors", "lora_te1_text_model_encoder_layers_0", "Flux model.", "choose"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize(("patch_dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_patch_dtype_and_device(samples, adapter, patch_dtype, bound):
+    lora = adapter_file(samples, FLUX, adapter)
+    path = str(samples.gguf(*FLUX))
+    exact = sample(with_lora(load_diffusion_model(path), lora), FLUX[0], steps=1)
+    model = with_lora(load_diffusion_model(path, patch_dtype=patch_dtype, patch_on_device=True), lora)
+    latent = sample(model, FLUX[0], steps=1)
+    assert relative_error(latent, exact) < bound
+    assert torch.equal(latent, exact) == (patch_dtype == torch.float32)
+    for layer in LAYERS[FLUX] if adapter == "lora" else ():
+        low_rank = packed_layers(model.model)[f"diffusion_model.{layer}.weight"].side_path.low_rank
+        assert low_rank.up.dtype == low_rank.down.dtype == patch_dtype
+
+
+@pytest.mark.parametrize("adapter", ["lora", "loha"])
+def test_saved_model_has_the_lora_in_it(samples, tmp_path, adapter):
+    model = with_lora(packed(samples, FLUX), adapter_file(samples, FLUX, adapter))
+    comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), model)
+    saved = comfy.sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
+    assert relative_error(sample(saved, FLUX[0], 1), sample(model, FLUX[0], 1)) < BOUND

@@ -1,0 +1,111 @@
+"""The side path of one weight: what it adds is what the host would have merged."""
+
+import pytest
+import torch
+
+pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
+
+import comfy.lora
+from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
+from gguf_native.ops.lora import side_path
+
+CPU = torch.device("cpu")
+KEY, SHAPE = "layer.weight", (24, 16)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lora(out: int = 24, into: int = 16, rank: int = 4, alpha: float | None = None, mid=None, dora=None, reshape=None):
+    return LoRAAdapter(set(), (noise(out, rank, seed=1), noise(rank, into, seed=2), alpha, mid, dora, reshape))
+
+
+def patch(adapter, strength: float = 1.0, strength_model: float = 1.0, offset=None, function=None) -> tuple:
+    return strength, adapter, strength_model, offset, function
+
+
+LOHA = LoHaAdapter(set(), (noise(24, 4), noise(4, 16), None, noise(24, 4), noise(4, 16), None, None, None))
+LOW_RANK = {
+    "one": [patch(lora())],
+    "alpha": [patch(lora(alpha=2.0), 0.5)],
+    "two": [patch(lora(), 0.5), patch(lora(rank=8, alpha=4.0), -1.5)],
+    "zero": [patch(lora(), 0.0)],
+    "rows": [patch(lora(out=8), offset=(0, 8, 8))],
+    "columns": [patch(lora(into=6), 2.0, offset=(1, 10, 6))],
+    "convolution of one pixel": [
+        patch(LoRAAdapter(set(), (noise(24, 4, 1, 1), noise(4, 16, 1, 1), None, None, None, None)))
+    ],
+}
+NOT_LOW_RANK = {
+    "loha": [patch(LOHA)],
+    "dora": [patch(lora(dora=torch.ones(24, 1)))],
+    "scaled weight": [patch(lora(), strength_model=0.5)],
+    "function": [patch(lora(), function=lambda delta: 2 * delta)],
+    "diff": [patch(("diff", (noise(24, 16),)), 0.5)],
+    "set": [patch(("set", (noise(24, 16),)))],
+    "rotated": [patch(lora(), 1.0), patch(LOHA, 0.5)],
+    "difference of models": [patch(lora()), patch(("model_as_lora", (noise(*SHAPE, seed=9),)), 0.5)],
+}
+
+
+def merged(patches: list, weight: torch.Tensor) -> torch.Tensor:
+    return comfy.lora.calculate_weight(patches, weight.clone(), KEY, original_weights={KEY: [(weight,)]})
+
+
+@pytest.mark.parametrize("patches", LOW_RANK.values(), ids=LOW_RANK.keys())
+def test_low_rank_adds_what_would_be_merged(patches):
+    weight, x = noise(*SHAPE, seed=3), noise(2, 5, 16, seed=4)
+    path = side_path(patches, KEY, SHAPE, CPU, torch.float32)
+    assert path.rewrite is None
+    assert path.low_rank.down.shape[0] == path.low_rank.up.shape[1] == sum(p[1].weights[1].shape[0] for p in patches)
+    y = path.low_rank.add_to(x @ weight.T, x)
+    torch.testing.assert_close(y, x @ merged(patches, weight).T, rtol=1e-5, atol=1e-4)
+    index = torch.tensor([[0, 23], [7, 7]])
+    rows = weight[index] + path.low_rank.rows(index)
+    torch.testing.assert_close(rows, merged(patches, weight)[index], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("patches", NOT_LOW_RANK.values(), ids=NOT_LOW_RANK.keys())
+@pytest.mark.parametrize("on_device", [False, True])
+def test_anything_else_rewrites_a_copy_of_the_weight(patches, on_device):
+    weight = noise(*SHAPE, seed=3)
+    before = weight.clone()
+    path = side_path(patches, KEY, SHAPE, CPU, torch.float32, on_device)
+    assert path.low_rank is None
+    assert torch.equal(path.rewrite(weight), merged(patches, before))
+    assert torch.equal(weight, before)
+
+
+def test_convolution_is_rewritten():
+    weight = noise(24, 16, 3, 3, seed=3)
+    adapter = LoRAAdapter(set(), (noise(24, 4, 1, 1), noise(4, 16, 3, 3), None, None, None, None))
+    path = side_path([patch(adapter)], KEY, tuple(weight.shape), CPU, torch.float32)
+    assert torch.equal(path.rewrite(weight), merged([patch(adapter)], weight))
+
+
+def test_matrix_is_widened():
+    weight, wide = noise(24, 16, seed=3), lora(into=32, reshape=[24, 32])
+    path = side_path([patch(wide)], KEY, SHAPE, CPU, torch.float32)
+    assert path.rewrite(weight).shape == (24, 32)
+    assert torch.equal(path.rewrite(weight), merged([patch(wide)], weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    path = side_path([patch(lora())], KEY, SHAPE, CPU, dtype)
+    assert path.low_rank.up.dtype == path.low_rank.down.dtype == dtype
+    x = noise(3, 16).bfloat16()
+    assert path.low_rank.add_to(torch.zeros(3, 24, dtype=torch.bfloat16), x).dtype == torch.bfloat16
+    assert side_path([patch(LOHA)], KEY, SHAPE, CPU, dtype).rewrite(noise(*SHAPE).half()).dtype == torch.float16
+
+
+def test_known_by_its_patches_and_device():
+    patches = [patch(lora())]
+    path = side_path(patches, KEY, SHAPE, CPU, torch.float32)
+    assert path.is_of(list(patches), CPU)
+    assert not path.is_of(patches, torch.device("meta"))
+    assert not path.is_of([patch(patches[0][1])], CPU)
+    # The host adds to the very list that it handed over.
+    patches.append(patch(lora()))
+    assert not path.is_of(patches, CPU)
