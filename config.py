@@ -129,7 +129,7 @@ TABLE = (
         "sequential_processing",
         ON_OR_OFF,
         False,
-        "Before a model of this pack loads, unload the text encoders and diffusion models that are of another kind.",
+        "Never a text encoder and a diffusion model of this pack together: one leaves before the other loads.",
     ),
 )
 SETTINGS = {setting.name: setting for setting in TABLE}

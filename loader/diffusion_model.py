@@ -64,7 +64,7 @@ def refuse_incomplete(path: str, model: torch.nn.Module) -> None:
 def _what_was_tried(path: str, names: list[str], architecture: object) -> str:
     return (
         f"{Path(path).name}: holds no diffusion model that this ComfyUI knows. Its first tensors are "
-        f"{', '.join(names[:8])}; its architecture tag is {architecture!r:.60}. Tried: every model that ComfyUI detects "
-        "from tensor names, with and without a `model.diffusion_model.` prefix, and diffusers' names. A text encoder "
-        "belongs into a CLIP loader, a VAE into the VAE loader; for a new kind of model, update ComfyUI."
+        f"{', '.join(names[:8])}; its architecture tag is {architecture!r:.60}. Tried: every model that ComfyUI "
+        "detects from tensor names, with and without a `model.diffusion_model.` prefix, and diffusers' names. "
+        "A text encoder belongs into a CLIP loader, a VAE into the VAE loader; for a new kind of model, update ComfyUI."
     )

@@ -9,7 +9,7 @@ from ..config import settings
 log = logging.getLogger("gguf_native")
 
 DIFFUSION, TEXT, VAE = "diffusion model", "text encoder", "VAE"
-# A VAE is small beside the others and is needed after every run: it does not count towards `max_parallel_models`.
+# A VAE is small beside the others and is needed after every run: it counts nowhere, and nothing leaves for it.
 COUNTED = (DIFFUSION, TEXT)
 
 
@@ -22,13 +22,15 @@ def role_of(patcher) -> str | None:
 def make_room(patcher) -> None:
     """Before the host loads `patcher`: unload what may not stay beside it, least recently used first."""
     role, limits = role_of(patcher), settings()
+    if role not in COUNTED:
+        return
     others = [loaded for loaded in mm.current_loaded_models if _is_idle(loaded) and not patcher.is_clone(loaded.model)]
     # The host keeps the most recently used model first.
     others = [loaded for loaded in others if role_of(loaded.model) in COUNTED][::-1]
     if limits.sequential_processing or limits.memory_mode == "aggressive":
         _unload([loaded for loaded in others if role_of(loaded.model) != role], f"before the {role} loads")
         others = [loaded for loaded in others if role_of(loaded.model) == role]
-    if role in COUNTED and limits.memory_mode != "conservative":
+    if limits.memory_mode != "conservative":
         surplus = len(others) + 1 - limits.max_parallel_models
         _unload(others[: max(0, surplus)], f"max_parallel_models is {limits.max_parallel_models}")
 

@@ -68,8 +68,8 @@ def _logical_shape(file: GGUFFile, info: TensorInfo) -> tuple[int, ...]:
         raise OriginalShapeError(f"{file.path.name}: '{key}' is {shape!r}; expected an array of positive integers.")
     if math.prod(shape) != math.prod(info.shape):
         raise OriginalShapeError(
-            f"{file.path.name}: '{key}' is {shape}, but the tensor is stored as {list(info.shape)}; both must hold as many "
-            "values. The converter wrote a wrong shape; convert the model again."
+            f"{file.path.name}: '{key}' is {shape}, but the tensor is stored as {list(info.shape)}; both must hold as "
+            "many values. The converter wrote a wrong shape; convert the model again."
         )
     return tuple(shape)
 

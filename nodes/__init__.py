@@ -2,8 +2,9 @@
 
 import logging
 
-import nodes as host_nodes
 from comfy_api.latest import ComfyExtension, io
+
+import nodes as host_nodes
 
 from . import folders
 from .apply_lora import LoraLoaderGGUF

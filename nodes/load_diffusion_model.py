@@ -42,7 +42,7 @@ class UnetLoaderGGUFAdvanced(io.ComfyNode):
             node_id="UnetLoaderGGUFAdvanced",
             display_name="Unet Loader (GGUF/Advanced)",
             category="model/loaders",
-            description="Loads a diffusion model from a GGUF file and says in which precision to decode and to patch it.",
+            description="Loads a diffusion model from a GGUF file; you choose the precision of decoding and of LoRAs.",
             search_aliases=["gguf", "gguf advanced", "dequant dtype", "patch dtype"],
             inputs=[
                 io.Combo.Input("unet_name", options=folders.files("unet_gguf"), tooltip=FILE_TOOLTIP),

@@ -1,8 +1,9 @@
 """CLIP loaders: one to four text encoders, each from a GGUF file or from safetensors."""
 
 import folder_paths
-import nodes as host_nodes
 from comfy_api.latest import io
+
+import nodes as host_nodes
 
 from ..loader.text_encoder import load_text_encoder
 from . import folders

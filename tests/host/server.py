@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 
@@ -20,6 +21,24 @@ PACK = "ComfyUI-GGUF-Native"
 USER_SETTINGS = {"Comfy.TutorialCompleted": True}
 START_SECONDS = 180
 STOP_SECONDS = 15
+# What a test run sets for itself: a server is started as a user starts one.
+NOT_PASSED_ON = ("PYTHONPATH", "TRITON_INTERPRET")
+
+
+@dataclass(frozen=True)
+class Server(Client):
+    """A client of a server on this machine, which also sees its process and the folder it works in."""
+
+    pid: int
+    base: Path
+
+    def log(self) -> str:
+        """All that the server has said so far."""
+        return log_file(self.base).read_text(errors="replace")
+
+
+def log_file(base: Path) -> Path:
+    return base / "server.log"
 
 
 def free_port() -> int:
@@ -33,7 +52,7 @@ def make_base(base: Path) -> None:
     for folder in ("custom_nodes", "input", "output", "temp", "user/default"):
         (base / folder).mkdir(parents=True, exist_ok=True)
     pack = base / "custom_nodes" / PACK
-    if not pack.is_symlink():
+    if not pack.exists():
         pack.symlink_to(ROOT, target_is_directory=True)
     (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(USER_SETTINGS))
 
@@ -82,15 +101,15 @@ def stop(process: subprocess.Popen) -> None:
 @contextmanager
 def running_server(
     comfyui: Path, base: Path, models: Path, arguments: Sequence[str] = (), settings: dict[str, str] | None = None
-) -> Iterator[Client]:
+) -> Iterator[Server]:
     """Start ComfyUI in `base`, which holds its output/ and its server.log, and stop it at the end.
 
     `arguments` are further ones for main.py; `settings` are environment variables.
     """
     make_base(base)
-    log = base / "server.log"
+    log = log_file(base)
     port = free_port()
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | (settings or {})
+    environment = {key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON} | (settings or {})
     with log.open("wb") as output:
         process = subprocess.Popen(
             command(base, models, port, arguments),
@@ -101,7 +120,7 @@ def running_server(
             stderr=subprocess.STDOUT,
         )
     try:
-        client = Client(f"http://127.0.0.1:{port}")
+        client = Server(f"http://127.0.0.1:{port}", process.pid, base)
         wait_until_ready(process, client, log)
         yield client
     finally:

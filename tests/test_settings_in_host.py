@@ -1,0 +1,174 @@
+"""What each setting does in the real server: what stays loaded, what the process maps, how a batch is decoded."""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import psutil
+import pytest
+from host.client import Graph
+from host.environment import ROOT
+from host.server import PACK, Server, running_server
+from host.workflows import node, text_to_image
+
+SECONDS_TO_LET_GO = 20
+# In steps of 255: torch rounds a convolution of one picture otherwise than that of a batch, in the last bits.
+BY_SLICING = 1
+UNLOADING = re.compile(r"GGUF Native: unloading (\w+) \((.+)\): (.+)\.")
+DECODING = "GGUF Native: decoding 2 latent(s) one at a time (vae_slicing)."
+# Loaded models as the log names them.
+TEXT, FLUX = ("FluxClipModel_", "text encoder"), ("Flux", "diffusion model")
+LOADING_VAE = "Requested to load AutoencodingEngine"
+
+needs_memory_maps = pytest.mark.skipif(
+    not hasattr(psutil.Process, "memory_maps"), reason="this system does not tell what a process has mapped"
+)
+
+
+@contextmanager
+def server_with(
+    comfyui: Path, samples: ModuleType, base: Path, config_json: str | None = None, **settings: str
+) -> Iterator[Server]:
+    """A server with GGUF_NATIVE_<key> in its environment, and with a config.json in a copy of the pack."""
+    if config_json is not None:
+        pack = base / "custom_nodes" / PACK
+        shutil.copytree(ROOT, pack, ignore=shutil.ignore_patterns(".*", "tests", "docs", "config.json"))
+        (pack / "config.json").write_text(config_json)
+    variables = {f"GGUF_NATIVE_{key.upper()}": value for key, value in settings.items()}
+    with running_server(comfyui, base, samples.MODELS, settings=variables) as server:
+        yield server
+
+
+def flux(samples: ModuleType, prompt: str = "a cat") -> Graph:
+    """A batch of two pictures from GGUF files alone."""
+    clip_names = {
+        "clip_name1": samples.gguf("tiny_clip_l", "Q8_0").name,
+        "clip_name2": samples.gguf("tiny_t5", "Q4_K", "llama.cpp").name,
+    }
+    graph = text_to_image(
+        node("UnetLoaderGGUF", unet_name=samples.gguf("tiny_flux_256", "Q5_K").name),
+        node("DualCLIPLoaderGGUF", type="flux", **clip_names),
+        node("VAELoaderGGUF", vae_name=samples.gguf("tiny_flux_vae", "Q8_0").name),
+    )
+    graph["latent"]["inputs"]["batch_size"] = 2
+    graph["positive"]["inputs"]["text"] = prompt
+    return graph
+
+
+def two_models(samples: ModuleType, prompt: str) -> Graph:
+    """The same, sampled by one diffusion model and then by another."""
+    graph = flux(samples, prompt)
+    second = graph["sampler"]["inputs"] | {"model": ["second", 0], "latent_image": ["sampler", 0]}
+    graph["second"] = node("UnetLoaderGGUF", unet_name=samples.gguf("tiny_flux_256", "Q8_0").name)
+    graph["second_sampler"] = node("KSampler", **second)
+    graph["image"]["inputs"]["samples"] = ["second_sampler", 0]
+    return graph
+
+
+def unloaded(log: str) -> list[tuple[str, str, str]]:
+    """(model, kind, reason) of every model that the pack unloaded, in the log's order."""
+    return UNLOADING.findall(log)
+
+
+def mapped(server: Server) -> bool:
+    """Whether the server has the diffusion model of `flux` mapped, as far as the system says."""
+    maps = psutil.Process(server.pid).memory_maps(grouped=False)
+    return any(Path(entry.path).name == "tiny_flux_256-Q5_K.gguf" for entry in maps)
+
+
+def lets_go(server: Server) -> bool:
+    """Whether the file is no longer mapped soon after the host was asked to forget its models."""
+    server.free()
+    deadline = time.monotonic() + SECONDS_TO_LET_GO
+    while mapped(server) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not mapped(server)
+
+
+def pictures(server: Server, graph: Graph) -> np.ndarray:
+    """int [2, height, width, 3]"""
+    return np.stack([np.asarray(picture).astype(int) for picture in server.run(graph).pictures()])
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one - other).max())
+
+
+@pytest.fixture(scope="module")
+def plain(comfyui, samples, tmp_path_factory):
+    """A server with the defaults."""
+    with server_with(comfyui, samples, tmp_path_factory.mktemp("plain")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain_pictures(plain, samples):
+    return pictures(plain, flux(samples))
+
+
+def test_by_default_the_least_recently_used_of_two_leaves(plain, samples, plain_pictures):
+    assert unloaded(plain.log()) == []
+    reason = "max_parallel_models is 2"
+    plain.run(two_models(samples, "a dog"))
+    assert unloaded(plain.log()) == [(*TEXT, reason)]
+    plain.run(two_models(samples, "a fox"))
+    # For the encoder the first model leaves, for the first the second, for the second the encoder.
+    assert unloaded(plain.log())[1:] == [(*FLUX, reason), (*FLUX, reason), (*TEXT, reason)]
+
+
+@needs_memory_maps
+def test_a_streamed_file_is_mapped_while_its_model_is_there(plain, samples, plain_pictures):
+    plain.run(flux(samples, "a wolf"))
+    assert mapped(plain)
+    assert lets_go(plain)
+
+
+def test_one_at_a_time_and_nothing_mapped(comfyui, samples, tmp_path, plain_pictures):
+    settings = {"max_parallel_models": "1", "streaming_loading": "off"}
+    with server_with(comfyui, samples, tmp_path, **settings) as server:
+        assert difference(pictures(server, flux(samples)), plain_pictures) == 0
+        assert unloaded(server.log()) == [(*TEXT, "max_parallel_models is 1")]
+        assert not (hasattr(psutil.Process, "memory_maps") and mapped(server))
+
+
+def test_aggressive_leaves_the_memory_to_decoding(comfyui, samples, tmp_path, plain_pictures):
+    with server_with(comfyui, samples, tmp_path, memory_mode="aggressive") as server:
+        assert difference(pictures(server, flux(samples)), plain_pictures) == 0
+        before, loading_vae, after = server.log().partition(LOADING_VAE)
+        expected = [(*TEXT, "before the diffusion model loads"), (*FLUX, "memory_mode is aggressive")]
+        assert unloaded(before) == expected
+        assert loading_vae
+        assert unloaded(after) == []
+
+
+def test_sequential_processing_and_vae_slicing(comfyui, samples, tmp_path, plain_pictures):
+    settings = {"sequential_processing": "yes", "vae_slicing": "1"}
+    with server_with(comfyui, samples, tmp_path, **settings) as server:
+        assert difference(pictures(server, flux(samples)), plain_pictures) <= BY_SLICING
+        text_leaves = (*TEXT, "before the diffusion model loads")
+        assert unloaded(server.log()) == [text_leaves]
+        assert server.log().count(DECODING) == 1
+        server.run(flux(samples, "a dog"))
+        assert unloaded(server.log()) == [text_leaves, (*FLUX, "before the text encoder loads"), text_leaves]
+
+
+def test_environment_goes_before_config_json(comfyui, samples, tmp_path, plain_pictures):
+    """And conservative mode does not enforce max_parallel_models."""
+    config_json = '{"memory_mode": "aggressive", "vae_slicing": true, "max_parallel_models": 1}'
+    with server_with(comfyui, samples, tmp_path, config_json, memory_mode="conservative") as server:
+        assert difference(pictures(server, flux(samples)), plain_pictures) <= BY_SLICING
+        assert unloaded(server.log()) == []
+        assert DECODING in server.log()
+
+
+def test_a_bad_value_is_said_at_the_start(comfyui, samples, tmp_path):
+    """The host starts without the pack's nodes and says why, as for every pack that it cannot import."""
+    with server_with(comfyui, samples, tmp_path, max_parallel_models="0") as server:
+        assert not any("GGUF" in name for name in server.object_info())
+        assert re.search(r"'GGUF_NATIVE_MAX_PARALLEL_MODELS' is 0; allowed is a whole number of models", server.log())
+        assert re.search(rf"IMPORT FAILED.*{PACK}", server.log())
