@@ -87,6 +87,10 @@ def main(comfyui: str, folder: str, *names: str) -> None:
             f"{row['error']:8.1e} {row['torch_peak_gb']!s:>8}",
             flush=True,
         )
+        write(rows)
+
+
+def write(rows: dict[str, dict]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     RESULTS.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")

@@ -146,18 +146,19 @@ def sample(model) -> tuple[torch.Tensor, float, float]:
 
 def main() -> dict[str, object]:
     torch.set_grad_enabled(False)
-    start = time.perf_counter()
-    if options.pack:
-        from gguf_native.loader.diffusion_model import load_diffusion_model
-
-        model = load_diffusion_model(options.file)
-    else:
-        model = comfy.sd.load_diffusion_model(options.file)
-    load = time.perf_counter() - start
-    model = loras(model, options.loras, options.rank)
-    if options.compile:
-        model = compiled(model)
+    # As the server runs nodes; torch.compile wants plain tensors.
     with torch.inference_mode(not options.compile):
+        start = time.perf_counter()
+        if options.pack:
+            from gguf_native.loader.diffusion_model import load_diffusion_model
+
+            model = load_diffusion_model(options.file)
+        else:
+            model = comfy.sd.load_diffusion_model(options.file)
+        load = time.perf_counter() - start
+        model = loras(model, options.loras, options.rank)
+        if options.compile:
+            model = compiled(model)
         _, cold, _ = sample(model)
         latent, warm, step = sample(model)
     if options.save:

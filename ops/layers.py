@@ -54,10 +54,12 @@ class PackedWeight:
             setattr(self, name, torch.nn.Parameter(tensor, requires_grad=False))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not is_packed(self.weight):
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
         # The host sums `nbytes` of these to know what a layer costs: packed bytes, not values.
-        if is_packed(self.weight):
-            destination[prefix + "weight"] = self.weight._qdata
+        destination[prefix + "weight"] = self.weight._qdata
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _apply(self, fn, recurse=True):
         return comfy.ops._quantized_apply(self, fn, recurse)

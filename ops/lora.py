@@ -17,8 +17,13 @@ class LowRank(NamedTuple):
     up: torch.Tensor  # [out, total rank]
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """y [..., out] += the LoRAs' answer to x [..., in], computed in the factors' dtype."""
-        return y.add_(F.linear(F.linear(x.to(self.down.dtype), self.down), self.up))
+        """y [..., out], contiguous, += the LoRAs' answer to x [..., in], computed in the factors' dtype."""
+        h = F.linear(x.to(self.down.dtype), self.down)
+        if y.dtype != self.up.dtype:
+            return y.add_(F.linear(h, self.up))
+        # One matrix product that adds to y, instead of a second pass over it.
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), self.up.t())
+        return y
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """What the LoRAs add to the rows `index` (any shape) of an embedding: [*index.shape, in]."""

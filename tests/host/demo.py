@@ -10,6 +10,7 @@ import sys
 import time
 from types import FrameType
 
+import torch
 from host import in_process, samples, workflows
 from host.client import Graph, WorkflowError
 from host.environment import HOST, ROOT, find_comfyui
@@ -59,7 +60,9 @@ def main() -> int:
     samples.make_example_files()
     print_costs()
     started = time.monotonic()
-    with running_server(comfyui, BASE, samples.MODELS) as client:
+    # ComfyUI does not take both.
+    device = "--lowvram" if torch.cuda.is_available() else "--cpu"
+    with running_server(comfyui, BASE, samples.MODELS, device=device) as client:
         print(f"The server is ready after {time.monotonic() - started:.1f} s: {client.url}", flush=True)
         try:
             result = client.run(example(client.object_info()), print_step)

@@ -1,9 +1,8 @@
-"""Make ComfyUI's own modules importable in this process, on the CPU where there is no GPU."""
+"""Make ComfyUI's own modules importable in this process, on the CPU: there its arithmetic is float32."""
 
 import sys
 from pathlib import Path
 
-import torch
 from host.environment import ROOT
 
 
@@ -16,7 +15,7 @@ def bind(comfyui: Path) -> None:
     import comfy_aimdo.control
     from comfy.cli_args import args
 
-    args.cpu = not torch.cuda.is_available()
+    args.cpu = True
     args.database_url = "sqlite:///:memory:"
     # As main.py does: the library's other modules keep what init found when they are imported.
     comfy_aimdo.control.init()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 
-import torch
 from host.client import Client
 from host.environment import ROOT
 
@@ -65,8 +64,6 @@ def command(base: Path, models: Path, port: int, arguments: Sequence[str]) -> li
         *("--base-directory", str(base), "--models-directory", str(models)),
         *("--database-url", "sqlite:///:memory:"),
         "--disable-api-nodes",
-        # ComfyUI does not take both.
-        "--lowvram" if torch.cuda.is_available() else "--cpu",
         *arguments,
     ]
 
@@ -100,11 +97,17 @@ def stop(process: subprocess.Popen) -> None:
 
 @contextmanager
 def running_server(
-    comfyui: Path, base: Path, models: Path, arguments: Sequence[str] = (), settings: dict[str, str] | None = None
+    comfyui: Path,
+    base: Path,
+    models: Path,
+    arguments: Sequence[str] = (),
+    settings: dict[str, str] | None = None,
+    device: str = "--cpu",
 ) -> Iterator[Server]:
     """Start ComfyUI in `base`, which holds its output/ and its server.log, and stop it at the end.
 
-    `arguments` are further ones for main.py; `settings` are environment variables.
+    `arguments` are further ones for main.py; `settings` are environment variables. Tests run on the CPU, also where
+    there is a GPU: what they claim to the bit holds in float32.
     """
     make_base(base)
     log = log_file(base)
@@ -112,7 +115,7 @@ def running_server(
     environment = {key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON} | (settings or {})
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(base, models, port, arguments),
+            command(base, models, port, [device, *arguments]),
             cwd=comfyui,
             env=environment,
             stdin=subprocess.DEVNULL,
