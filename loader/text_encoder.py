@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd1_clip import SDClipModel
 
 from ..config import settings
-from ..ops.layers import GGUFOps, PackedWeight
+from ..ops.layers import GGUFOps, PackedWeight, WeightShapeError
 from ..ops.layout import is_packed
 from . import residency
 from .errors import (
@@ -20,6 +20,7 @@ from .errors import (
     IncompleteTextEncoderError,
     UnknownTextEncoderError,
     UnsupportedTextEncoderError,
+    WrongShapeError,
 )
 from .key_maps import OTHER_MODELS, TEXT_ENCODERS, TextEncoderNames
 from .model_patcher import adopt
@@ -83,13 +84,16 @@ def load_text_encoder(
     model_options = _configurations(files)
     if any(file.is_gguf for file in files):
         model_options["custom_operations"] = GGUFOps
-    clip = comfy.sd.load_text_encoder_state_dicts(
-        [_marked_as_xxl(file, type_name) for file in files],
-        embedding_directory=embedding_directory,
-        clip_type=getattr(comfy.sd.CLIPType, type_name.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
-        model_options=model_options,
-        disable_dynamic=disable_dynamic,
-    )
+    try:
+        clip = comfy.sd.load_text_encoder_state_dicts(
+            [_marked_as_xxl(file, type_name) for file in files],
+            embedding_directory=embedding_directory,
+            clip_type=getattr(comfy.sd.CLIPType, type_name.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
+            model_options=model_options,
+            disable_dynamic=disable_dynamic,
+        )
+    except WeightShapeError as error:
+        raise WrongShapeError(f"{', '.join(file.name for file in files)} as type '{type_name}': {error}") from error
     _refuse_incomplete(clip, files, type_name)
     clip.patcher = adopt(clip.patcher, residency.TEXT)
     clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (paths, type_name, embedding_directory))

@@ -19,6 +19,7 @@ from gguf_native.loader.errors import (
     MissingTokenizerError,
     UnknownTextEncoderError,
     UnsupportedTextEncoderError,
+    WrongShapeError,
 )
 from gguf_native.loader.key_maps import TEXT_ENCODERS
 from gguf_native.loader.text_encoder import comfyui_tensors, load_text_encoder
@@ -250,6 +251,13 @@ def test_a_missing_tensor_is_refused(samples, tmp_path, request, key, mode):
     file, _ = rewritten(samples, tmp_path, "tiny_t5", without(key))
     with pytest.raises(IncompleteTextEncoderError, match=rf"tiny_t5\.gguf: lacks .*'{key}'"):
         load_text_encoder([file, samples.gguf("tiny_clip_l", "Q8_0")], "flux")
+
+
+def test_a_matrix_of_another_size_is_refused(samples, tmp_path):
+    key = "encoder.block.1.layer.0.SelfAttention.v.weight"
+    file, _ = rewritten(samples, tmp_path, "tiny_t5", lambda tensors: tensors | {key: torch.zeros(256, 512)})
+    with pytest.raises(WrongShapeError, match=rf"tiny_t5\.gguf as type 'stable_audio': .*{key}' .*\[256, 512\]"):
+        load_text_encoder([file], "stable_audio")
 
 
 def test_two_files_for_one_place_are_refused(samples):
