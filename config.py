@@ -145,11 +145,12 @@ def load_settings(
     """
     values = {name: setting.default for name, setting in SETTINGS.items()}
     values |= _accepted("config.py, OPTIMIZATION_PROFILE", SETTINGS, OPTIMIZATION_PROFILE)
-    values |= _accepted(str(path), SETTINGS, _read_json_object(path) if path.exists() else {})
-    values |= _accepted("environment", VARIABLES, _read_environment(environ))
-    values |= _accepted("node input", SETTINGS, {key: value for key, value in node_inputs.items() if value is not None})
+    given = _accepted(str(path), SETTINGS, _read_json_object(path) if path.exists() else {})
+    given |= _accepted("environment", VARIABLES, _read_environment(environ))
+    given |= _accepted("node input", SETTINGS, {key: value for key, value in node_inputs.items() if value is not None})
+    values |= given
     for name, setting in SETTINGS.items():
-        if not setting.in_effect and values[name] != setting.default:
+        if not setting.in_effect and (name in given or values[name] != setting.default):
             _say_not_in_effect(name)
     return Settings(**values)
 
@@ -191,6 +192,8 @@ def _read_json_object(path: Path) -> dict[str, object]:
         if not isinstance(values, dict):
             start = len(text) - len(text.lstrip())
             raise json.JSONDecodeError('Expecting one object such as {"max_loras": 2}', text, start)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8.") from None
     except json.JSONDecodeError as error:

@@ -14,10 +14,9 @@ from ..ops.layers import PackedWeight
 from ..ops.layout import is_packed
 from ..ops.lora import side_path
 from . import residency
+from .residency import ATTACHMENT
 
 log = logging.getLogger("gguf_native")
-
-ATTACHMENT = "gguf_native"
 
 
 class Backup(NamedTuple):
@@ -144,8 +143,9 @@ def hand_over(patcher, device: torch.device) -> None:
         layer.weight_lowvram_function = None
         layer.weight_function = [f for f in layer.weight_function if not getattr(f, "is_lowvram_patch", False)]
         patches = patcher.patches.get(key, []) + of_hooks.get(key, [])
-        if layer.side_path is None or not layer.side_path.is_of(patches, device):
-            layer.side_path = _side_path(patcher, layer, key, patches, device)
+        dtype = _patch_dtype(patcher, layer)
+        if layer.side_path is None or not layer.side_path.is_of(patches, device, dtype):
+            layer.side_path = _side_path(patcher, layer, key, patches, device, dtype)
             n_rewritten += layer.side_path is not None and layer.side_path.rewrite is not None
     if n_rewritten:
         log_slow_patches(n_rewritten)
@@ -164,10 +164,13 @@ def _is_resized(layer: PackedWeight, key: str, patches: list) -> bool:
     return tuple(comfy.lora.calculate_shape(patches, layer.weight, key)) != tuple(layer.weight.shape)
 
 
-def _side_path(patcher, layer: PackedWeight, key: str, patches: list, device: torch.device):
+def _patch_dtype(patcher, layer: PackedWeight) -> torch.dtype:
+    compute_dtype = getattr(patcher.model, "manual_cast_dtype", None) or layer.weight.dtype
+    return patcher.get_attachment(ATTACHMENT)["patch_dtype"] or compute_dtype
+
+
+def _side_path(patcher, layer: PackedWeight, key: str, patches: list, device: torch.device, dtype: torch.dtype):
     if not patches:
         return None
-    options = patcher.get_attachment(ATTACHMENT)
-    compute_dtype = getattr(patcher.model, "manual_cast_dtype", None) or layer.weight.dtype
-    dtype = options["patch_dtype"] or compute_dtype
-    return side_path(patches, key, tuple(layer.weight.shape), device, dtype, options["patch_on_device"])
+    on_device = patcher.get_attachment(ATTACHMENT)["patch_on_device"]
+    return side_path(patches, key, tuple(layer.weight.shape), device, dtype, on_device)

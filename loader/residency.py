@@ -8,6 +8,9 @@ from ..config import settings
 
 log = logging.getLogger("gguf_native")
 
+# Under this key a patcher of ours carries its role and the options of its LoRAs.
+ATTACHMENT = "gguf_native"
+
 DIFFUSION, TEXT, VAE = "diffusion model", "text encoder", "VAE"
 # A VAE is small beside the others and is needed after every run: it counts nowhere, and nothing leaves for it.
 COUNTED = (DIFFUSION, TEXT)
@@ -15,7 +18,7 @@ COUNTED = (DIFFUSION, TEXT)
 
 def role_of(patcher) -> str | None:
     """DIFFUSION, TEXT or VAE for a model of this pack, else None."""
-    attachment = patcher.get_attachment("gguf_native") if patcher is not None else None
+    attachment = patcher.get_attachment(ATTACHMENT) if patcher is not None else None
     return attachment and attachment["role"]
 
 
@@ -37,14 +40,16 @@ def make_room(patcher) -> None:
 
 def leave_after_use(patcher) -> None:
     """After sampling: in aggressive mode the diffusion model leaves at once, so that decoding has the memory."""
-    if settings().memory_mode == "aggressive":
+    if settings().memory_mode == "aggressive" and role_of(patcher) == DIFFUSION:
         mine = [loaded for loaded in mm.current_loaded_models if loaded.model is patcher]
         _unload(mine, "memory_mode is aggressive")
 
 
 def _is_idle(loaded) -> bool:
-    # The host marks what a running load or sampling uses, but never clears the mark of a model on the CPU.
-    return loaded.model is not None and (not loaded.currently_used or mm.is_device_cpu(loaded.device))
+    if loaded.model is None or getattr(loaded.model.model, "current_patcher", None) is not None:  # being sampled
+        return False
+    # The host marks what a running load uses, but never clears the mark of a model on the CPU.
+    return not loaded.currently_used or mm.is_device_cpu(loaded.device)
 
 
 def _unload(models: list, reason: str) -> None:

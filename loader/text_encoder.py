@@ -282,7 +282,7 @@ def _parameter_names(model: torch.nn.Module) -> dict[str, None]:
     names = {name: None for name, _ in model.named_parameters()}
     for path, layer in model.named_modules():
         if isinstance(layer, PackedWeight):
-            names |= dict.fromkeys(f"{path}.{name}" for name in layer.expected_parameters())
+            names |= dict.fromkeys(f"{path}.{name}" for name in layer.expected_shapes())
     return names
 
 

@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from ..config import settings
 from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.layout import decoded, is_packed, relabel, reshape_packed
-from .errors import UnknownModelError
+from .errors import IncompleteModelError, UnknownModelError, WrongShapeError
 from .model_patcher import adopt
 from .residency import VAE
 from .state_dict import read_state_dict
@@ -49,7 +49,9 @@ class GGUFVAE(comfy.sd.VAE):
     def _decode_one(self, latent: torch.Tensor, options: dict) -> torch.Tensor:
         needed = self.memory_used_decode(latent.shape, self.vae_dtype)
         # As the host's decode does: what other models hold counts as free only once they have left.
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=needed, force_full_load=self.disable_offload
+        )
         if latent.ndim == 4 and needed > self.patcher.get_free_memory(self.device):
             log.info("GGUF Native: %.1f GB do not fit for one picture: decoding it in tiles.", needed / 2**30)
             return self.decode_tiled(latent)
@@ -66,12 +68,20 @@ def load_vae(path: str) -> GGUFVAE:
     if "decoder.up_blocks.0.resnets.0.norm1.weight" in sd:
         sd = comfy.diffusers_convert.convert_vae_state_dict(sd)
     dense = {name: decoded(tensor, torch.float32) if is_packed(tensor) else tensor for name, tensor in sd.items()}
-    vae = comfy.sd.VAE(sd=dense, metadata=metadata)
+    # Audio VAEs keep their sizes in this key.
+    config = {"config": metadata["config"]} if isinstance(metadata.get("config"), str) else None
+    try:
+        vae = comfy.sd.VAE(sd=dense, metadata=config)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise WrongShapeError(f"{Path(path).name}: {error}") from error
     if vae.first_stage_model is None:
         raise UnknownModelError(
             f"{Path(path).name}: holds no VAE that this ComfyUI knows. Its first tensors are {', '.join(list(sd)[:8])};"
             " a diffusion model belongs into the UNet loader, a text encoder into a CLIP loader."
         )
+    _refuse_incomplete(path, vae.first_stage_model, sd)
     for name, layer in vae.first_stage_model.named_modules():
         packed = sd.get(f"{name}.weight")
         if is_packed(packed) and isinstance(layer, tuple(PACKABLE)):
@@ -86,6 +96,17 @@ def load_vae(path: str) -> GGUFVAE:
     return vae
 
 
+def _refuse_incomplete(path: str, model: torch.nn.Module, sd: dict[str, torch.Tensor]) -> None:
+    """Raise IncompleteModelError if a part that the file has (encoder, decoder) lacks a tensor: the host only warns."""
+    parts = {name.partition(".")[0] for name in sd}
+    wanted = [name for name, _ in model.named_parameters() if name.partition(".")[0] in parts]
+    if missing := [name for name in wanted if name not in sd]:
+        raise IncompleteModelError(
+            f"{Path(path).name}: lacks {len(missing)} of the {len(wanted)} tensors of its VAE: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}. Download or convert it again."
+        )
+
+
 @cache
 def packed_class(kind: type) -> type:
     """The host's layer class `kind` with a packed weight; a VAE's own kind of convolution keeps its forward."""
@@ -94,5 +115,8 @@ def packed_class(kind: type) -> type:
 
 
 def load_vae_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """The patcher of a freshly loaded VAE: what the host calls to clone one for another device."""
+    """The patcher of a freshly loaded VAE: what the host calls to clone one for another device.
+
+    As with the host's own, whether it is dynamic is not for the caller to say.
+    """
     return load_vae(path).patcher

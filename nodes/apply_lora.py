@@ -27,6 +27,8 @@ class LoraLoaderGGUF(io.ComfyNode):
             "changing or removing them.",
             search_aliases=["gguf", "lora", "lora stack", "apply lora", "load lora"],
             inputs=inputs,
+            # So that a workflow saved with more LoRAs is refused, not painted without them.
+            accept_all_inputs=True,
             outputs=[
                 io.Model.Output(tooltip="The model with the LoRAs."),
                 io.Clip.Output(tooltip="The text encoder with the LoRAs; nothing if none was connected."),
@@ -35,7 +37,14 @@ class LoraLoaderGGUF(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip=None, **widgets) -> io.NodeOutput:
-        for number in range(1, settings().max_loras + 1):
+        max_loras = settings().max_loras
+        beyond = [name for name in widgets if name.startswith("lora_") and int(name[5:]) > max_loras]
+        if any(widgets[name] != NONE for name in beyond):
+            raise ValueError(
+                f"LoraLoaderGGUF: {', '.join(beyond)} is set, but max_loras is {max_loras}. Raise max_loras in the "
+                "pack's config.json, or put a second Load LoRA (GGUF) behind this one."
+            )
+        for number in range(1, max_loras + 1):
             name = widgets.get(f"lora_{number}", NONE)
             strength_model = widgets.get(f"strength_model_{number}", 1.0)
             strength_clip = widgets.get(f"strength_clip_{number}", 1.0)

@@ -16,7 +16,7 @@ def register() -> None:
 
 
 def files(key: str) -> list[str]:
-    """GGUF files of one of our keys."""
+    """Files that the host lists under a folder key."""
     return folder_paths.get_filename_list(key)
 
 

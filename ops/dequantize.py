@@ -66,6 +66,8 @@ def why_not_on(device: torch.device) -> str | None:
     try:
         for _ in range(2):  # the second launch takes the short way
             launch.decode_into("Q8_0", blocks, out)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         return f"Triton does not work on {torch.cuda.get_device_name(device)} ({error})"
     return None

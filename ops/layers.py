@@ -27,24 +27,19 @@ class PackedWeight:
     # Parameters that the state dict lacked.
     missing: tuple[str, ...] = ()
 
-    def expected_shape(self) -> tuple[int, ...]:
-        """The weight's shape by the layer's own arguments."""
-        return tuple(self.weight.shape)
-
-    def expected_parameters(self) -> list[str]:
-        """The parameters without which the layer cannot work."""
-        return [name for name, parameter in self._parameters.items() if parameter is not None]
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters without which the layer cannot work, and their shapes by its own arguments."""
+        return {name: tuple(parameter.shape) for name, parameter in self._parameters.items() if parameter is not None}
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         # Assigned, never copied: a packed weight stays the view of the file that the loader made.
         given = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-        self.missing = tuple(name for name in self.expected_parameters() if name not in given)
+        shapes = self.expected_shapes()
+        self.missing = tuple(name for name in shapes if name not in given)
         missing_keys += [prefix + name for name in self.missing]
-        unexpected_keys += [prefix + name for name in given if name not in self._parameters]
-        for name in self._parameters.keys() & given.keys():
-            tensor = given[name]
-            if name == "weight":
-                tensor = _as_shape(tensor, self.expected_shape(), prefix + name)
+        unexpected_keys += [prefix + name for name in given if name not in shapes]
+        for name in shapes.keys() & given.keys():
+            tensor = _as_shape(given[name], shapes[name], prefix + name)
             dtype = getattr(self, f"{name}_comfy_model_dtype", None) or tensor.dtype
             if is_packed(tensor):
                 tensor = relabel(tensor, dtype)
@@ -128,7 +123,7 @@ class PackedConv(PackedWeight):
 
 
 class GGUFOps(HOST):
-    """The host's `manual_cast` namespace; norms stay the host's own, because a file never packs them usefully."""
+    """The host's `manual_cast` namespace; norms are there to be checked, a file never packs them usefully."""
 
     class Linear(PackedWeight, HOST.Linear):
         def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
@@ -138,14 +133,11 @@ class GGUFOps(HOST):
             self.out_features = out_features
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
-            self.wanted = ["weight", "bias"] if bias else ["weight"]
+            self.shapes = {"weight": (out_features, in_features)} | ({"bias": (out_features,)} if bias else {})
             self.weight_comfy_model_dtype = self.bias_comfy_model_dtype = dtype
 
-        def expected_shape(self):
-            return self.out_features, self.in_features
-
-        def expected_parameters(self):
-            return self.wanted
+        def expected_shapes(self):
+            return self.shapes
 
         def _load_from_state_dict(self, state_dict, prefix, *args):
             if prefix + "comfy_quant" in state_dict:
@@ -157,7 +149,7 @@ class GGUFOps(HOST):
             # A safetensors encoder beside a GGUF one may be in a format of the host's (scaled fp8): the host's affair.
             dtype = self.weight_comfy_model_dtype
             layer_class = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=True).Linear
-            twin = layer_class(self.in_features, self.out_features, "bias" in self.wanted, dtype=dtype)
+            twin = layer_class(self.in_features, self.out_features, "bias" in self.shapes, dtype=dtype)
             self.__class__, self.__dict__ = layer_class, twin.__dict__
 
         def forward_comfy_cast_weights(self, input):
@@ -198,11 +190,8 @@ class GGUFOps(HOST):
             )
 
     class Embedding(PackedWeight, HOST.Embedding):
-        def expected_shape(self):
-            return self.num_embeddings, self.embedding_dim
-
-        def expected_parameters(self):
-            return ["weight"]
+        def expected_shapes(self):
+            return {"weight": (self.num_embeddings, self.embedding_dim)}
 
         def forward_comfy_cast_weights(self, input, out_dtype=None):
             if not is_packed(self.weight):
@@ -218,3 +207,12 @@ class GGUFOps(HOST):
                     out += self.side_path.low_rank.rows(input).to(dtype)
             comfy.ops.uncast_bias_weight(self, weight, bias, token)
             return out
+
+    class LayerNorm(PackedWeight, HOST.LayerNorm):
+        pass
+
+    class RMSNorm(PackedWeight, HOST.RMSNorm):
+        pass
+
+    class GroupNorm(PackedWeight, HOST.GroupNorm):
+        pass

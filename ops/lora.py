@@ -36,12 +36,15 @@ class SidePath:
 
     patches: tuple  # the host's tuples (strength, adapter, strength_model, offset, function)
     device: torch.device
+    dtype: torch.dtype
     low_rank: LowRank | None
     rewrite: Callable[[torch.Tensor], torch.Tensor] | None
 
-    def is_of(self, patches: list, device: torch.device) -> bool:
-        """Whether it was made from these very patches for this device."""
-        return self.device == device and [id(p) for p in self.patches] == [id(p) for p in patches]
+    def is_of(self, patches: list, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it was made from these very patches for this device and dtype."""
+        return (self.device, self.dtype) == (device, dtype) and [id(p) for p in self.patches] == [
+            id(p) for p in patches
+        ]
 
 
 def side_path(
@@ -62,7 +65,7 @@ def side_path(
     if None not in factors:
         down = torch.cat([down for down, _ in factors]).to(device, dtype)
         up = torch.cat([up for _, up in factors], dim=1).to(device, dtype)
-        return SidePath(tuple(patches), device, LowRank(down, up), None)
+        return SidePath(tuple(patches), device, dtype, LowRank(down, up), None)
     used = [(p[0], _moved(p[1], device), *p[2:]) for p in patches] if patch_on_device else patches
 
     def rewrite(weight: torch.Tensor) -> torch.Tensor:
@@ -70,7 +73,7 @@ def side_path(
         changed, original = weight.to(dtype, copy=True), {key: [(weight,)]}
         return comfy.lora.calculate_weight(used, changed, key, dtype, original).to(weight.dtype)
 
-    return SidePath(tuple(patches), device, None, rewrite)
+    return SidePath(tuple(patches), device, dtype, None, rewrite)
 
 
 def _factors(patch: tuple, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
     # Read when the kernels are imported: without a GPU they run in Triton's interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Whatever the config.json of this checkout says, the documentation is of the default.
+os.environ["GGUF_NATIVE_MAX_LORAS"] = "2"
+
 COMFYUI = find_comfyui()
 NO_COMFYUI = "no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one"
 

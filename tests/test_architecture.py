@@ -24,7 +24,7 @@ FOLDER_MAY_IMPORT = {
     "quantizer": {"config", "ops", "loader"},
 }
 # A new module of ops finds its place here.
-OPS_ORDER = ("formats", "kernels", "dequantize", "layout", "matmul", "lora", "layers")
+OPS_ORDER = ("formats", "kernels", "dequantize", "quantize", "layout", "matmul", "lora", "layers")
 
 HOST = {"comfy", "comfy_api", "folder_paths", "nodes"}
 MEETS_HOST = {

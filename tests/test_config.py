@@ -232,7 +232,9 @@ def test_config_json_with_a_byte_order_mark(config_json):
 
 
 @pytest.mark.parametrize("source", ["config.json", "environment", "node input"])
-@pytest.mark.parametrize(("key", "value"), [("enable_cuda_graph", False), ("quant_cache_size", 0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("enable_cuda_graph", False), ("enable_cuda_graph", True), ("quant_cache_size", 0)]
+)
 def test_a_setting_of_a_later_version_is_named_once(source, key, value, config_json, caplog):
     config_json.write_text(json.dumps({key: value} if source == "config.json" else {}))
     environ = {variable(key): str(value)} if source == "environment" else {}
@@ -244,12 +246,17 @@ def test_a_setting_of_a_later_version_is_named_once(source, key, value, config_j
     assert [record.name for record in caplog.records] == ["gguf_native"]
 
 
-def test_nothing_is_logged_for_defaults_and_for_settings_in_effect(config_json, caplog):
-    config_json.write_text(json.dumps({key: SHIPPED[key] for key in ("enable_cuda_graph", "quant_cache_size")}))
+def test_nothing_is_logged_for_the_shipped_profile_and_for_settings_in_effect(config_json, caplog):
     others = {key: values[0] for key, values in LAYERS.items() if SETTINGS[key].in_effect}
     with caplog.at_level(logging.DEBUG, logger="gguf_native"):
         assert dataclasses.asdict(load_settings(config_json, {}, **others)) == SHIPPED | others
     assert caplog.messages == []
+
+
+def test_a_config_json_that_cannot_be_read_is_named(config_json):
+    config_json.mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
+        load_settings(config_json, {})
 
 
 def test_process_settings_are_read_once(monkeypatch):

@@ -378,6 +378,13 @@ def test_a_lora_for_another_model_says_so(exact, samples):
         exact.run(with_loras(flux_with_clip_l(samples), (name, 1.0, 1.0)))
 
 
+def test_a_workflow_with_more_loras_than_max_loras_is_refused(exact, samples, loras):
+    graph = with_loras(flux_with_clip_l(samples), (loras[0], 1.0, 0.0))
+    graph["lora"]["inputs"]["lora_3"] = loras[1]
+    with pytest.raises(WorkflowError, match=r"lora_3 is set, but max_loras is 2"):
+        exact.run(graph)
+
+
 def compiled(graph: Graph) -> Graph:
     """A copy with TorchCompileModel before the sampler."""
     inputs = graph["sampler"]["inputs"]

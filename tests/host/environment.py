@@ -11,6 +11,7 @@ Needs Python 3.11+ and a package registry, nothing else; what it makes lies in .
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -97,7 +98,11 @@ def install(python: Path, comfyui: Path) -> None:
     stamp = HOST / "venv" / "installed.sha256"
     if stamp.is_file() and stamp.read_text() == digest:
         return
-    print("Installing ComfyUI's packages into .host/venv (once, some minutes).", flush=True)
+    print(
+        "Installing ComfyUI's packages into .host/venv (once, some minutes; gigabytes where torch comes with CUDA, "
+        "TORCH_ARGS chooses another index).",
+        flush=True,
+    )
     pip = (python, "-m", "pip", "-q", "--disable-pip-version-check", "install", "-c", CONSTRAINTS)
     run(*pip, *shlex.split(os.environ.get("TORCH_ARGS", "")), *TORCH)
     run(*pip, *packages)
@@ -113,7 +118,13 @@ def prepare() -> tuple[Path, Path]:
         return Path(named), comfyui or download_comfyui(Path(named))
     python = venv_python()
     if not python.is_file():
-        venv.create(HOST / "venv", with_pip=True)
+        try:
+            venv.create(HOST / "venv", with_pip=True)
+        except subprocess.CalledProcessError:
+            shutil.rmtree(HOST / "venv")
+            raise SystemExit(
+                "This Python makes no virtual environments; on Debian or Ubuntu: apt install python3-venv"
+            ) from None
     comfyui = comfyui or download_comfyui(python)
     install(python, comfyui)
     return python, comfyui

@@ -51,6 +51,8 @@ def make_base(base: Path) -> None:
     for folder in ("custom_nodes", "input", "output", "temp", "user/default"):
         (base / folder).mkdir(parents=True, exist_ok=True)
     pack = base / "custom_nodes" / PACK
+    if pack.is_symlink():
+        pack.unlink()  # the checkout may have moved
     if not pack.exists():
         pack.symlink_to(ROOT, target_is_directory=True)
     (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(USER_SETTINGS))

@@ -74,7 +74,7 @@ def from_page(page: dict[str, Any], object_info: dict[str, dict]) -> Graph:
         if entry["type"] not in object_info:
             raise WorkflowError(entry["type"], "the server has no such node; its log says why")
         names = widget_names(object_info[entry["type"]])
-        inputs = {name: value for name, value in zip(names, entry.get("widgets_values", []), strict=True) if name}
+        inputs = {name: value for name, value in zip(names, entry.get("widgets_values", []), strict=False) if name}
         slots = entry.get("inputs", [])
         inputs |= {slot["name"]: sources[slot["link"]] for slot in slots if slot.get("link") is not None}
         graph[str(entry["id"])] = {"class_type": entry["type"], "inputs": inputs}

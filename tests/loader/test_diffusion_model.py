@@ -1,5 +1,7 @@
 """Diffusion models from GGUF: the latent is that of ComfyUI's own loader given the same decoded weights."""
 
+import re
+
 import gguf
 import pytest
 import torch
@@ -49,7 +51,7 @@ def by_the_host(tensors) -> ModelPatcher:
 @pytest.fixture
 def write_gguf(tmp_path):
     def write(tensors: dict, metadata: dict | None = None, architecture: str = "flux") -> str:
-        """A GGUF file of {name: float tensor, or (blocks uint8 [rows, bytes], type name)}."""
+        """A GGUF file of {name: tensor, or (blocks uint8 [rows, bytes], type name)}; halves are stored as F32."""
         path = tmp_path / "model.gguf"
         writer = gguf.GGUFWriter(path, architecture)
         for key, value in (metadata or {}).items():
@@ -59,7 +61,8 @@ def write_gguf(tmp_path):
                 blocks, type_name = value
                 writer.add_tensor(name, blocks.numpy(), raw_dtype=gguf.GGMLQuantizationType[type_name])
             else:
-                writer.add_tensor(name, value.float().numpy())
+                is_half = value.dtype in (torch.float16, torch.bfloat16)
+                writer.add_tensor(name, (value.float() if is_half else value).numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -156,17 +159,33 @@ def test_unknown_model_is_named(samples, write_gguf):
         assert part in str(error.value)
 
 
-def test_missing_tensor_is_named(samples, write_gguf):
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("double_blocks.1.img_mlp.2.weight", "double_blocks.1.img_mlp.2.weight"),
+        ("double_blocks.1.img_mlp.2.bias", "double_blocks.1.img_mlp.2.bias"),
+        ("double_blocks.1.img_attn.norm.query_norm.scale", "double_blocks.1.img_attn.norm.query_norm.weight"),
+    ],
+)
+def test_missing_tensor_is_named(samples, write_gguf, given, named):
     tensors = load_file(samples.sample("tiny_flux_256"))
-    del tensors["double_blocks.1.img_mlp.2.weight"]
-    with pytest.raises(IncompleteModelError, match=r"double_blocks\.1\.img_mlp\.2\.weight"):
+    del tensors[given]
+    with pytest.raises(IncompleteModelError, match=re.escape(named)):
         load_diffusion_model(write_gguf(tensors))
 
 
-def test_wrong_shape_is_named(samples, write_gguf):
+@pytest.mark.parametrize(
+    ("given", "shape", "named"),
+    [
+        ("img_mlp.2.weight", (256, 512), "img_mlp.2.weight' has shape [256, 512]; the model needs [256, 1024]"),
+        ("img_attn.qkv.bias", (1,), "img_attn.qkv.bias' has shape [1]; the model needs [768]"),
+        ("img_attn.norm.key_norm.scale", (64,), "img_attn.norm.key_norm.weight' has shape [64]; the model needs [128]"),
+    ],
+)
+def test_wrong_shape_is_named(samples, write_gguf, given, shape, named):
     tensors = load_file(samples.sample("tiny_flux_256"))
-    tensors["double_blocks.1.img_mlp.2.weight"] = torch.ones(256, 512)
-    with pytest.raises(WrongShapeError, match=r"img_mlp\.2\.weight' has shape \[256, 512\]; .* \[256, 1024\]"):
+    tensors[f"double_blocks.1.{given}"] = torch.ones(shape)
+    with pytest.raises(WrongShapeError, match=re.escape(named)):
         load_diffusion_model(write_gguf(tensors))
 
 
@@ -175,6 +194,16 @@ def test_impossible_original_shape_is_refused(samples, write_gguf, shape):
     metadata = {"comfy.gguf.orig_shape.img_in.weight": shape or ["x"]}
     with pytest.raises(OriginalShapeError, match=r"img_in\.weight"):
         load_diffusion_model(write_gguf(load_file(samples.sample("tiny_flux_256")), metadata))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_double_and_integer_tensors_are_numbers(samples, write_gguf, dtype):
+    tensors = load_file(samples.sample("tiny_flux_256"))
+    key = "double_blocks.0.img_mlp.0.bias"
+    tensors[key] = (tensors[key].float() * 40).to(dtype)
+    model = load_diffusion_model(write_gguf(tensors))
+    assert tensors[key].any()
+    assert torch.equal(sample(model, "tiny_flux_256", 1), sample(by_the_host(tensors), "tiny_flux_256", 1))
 
 
 def test_leading_ones_that_ggml_drops_come_back(samples, write_gguf):

@@ -11,7 +11,7 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 import comfy.sd
 from comfy.model_patcher import ModelPatcherDynamic
 from gguf_native.config import settings
-from gguf_native.loader.errors import UnknownModelError
+from gguf_native.loader.errors import IncompleteModelError, UnknownModelError, WrongShapeError
 from gguf_native.loader.model_patcher import packed_layers
 from gguf_native.loader.vae import load_vae
 from gguf_native.ops.formats import FORMATS
@@ -197,6 +197,26 @@ def test_names_of_diffusers(samples, tmp_path):
     assert torch.equal(vae.decode(latent), expected)
     assert torch.equal(load_vae(str(path)).decode(latent), expected)
     assert sorted(packed_layers(vae.first_stage_model)) == sorted(packed_names(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        (lambda tensors, key: tensors.pop(key), IncompleteModelError, r"vae\.gguf: lacks 1 of the 138 .*conv1\.weight"),
+        (
+            lambda tensors, key: tensors.update({key: torch.ones(64, 64, 1, 1)}),
+            WrongShapeError,
+            r"vae\.gguf: .*conv1\.weight",
+        ),
+    ],
+)
+def test_missing_and_wrong_tensors_are_named(samples, tmp_path, change, error, named):
+    tensors = load_file(samples.sample("tiny_flux_vae"))
+    change(tensors, "decoder.mid.block_1.conv1.weight")
+    save_file(tensors, tmp_path / "vae.safetensors")
+    quantise.quantise(tmp_path / "vae.safetensors", tmp_path / "vae.gguf", "Q8_0", "vae")
+    with pytest.raises(error, match=f"(?s){named}"):
+        load_vae(str(tmp_path / "vae.gguf"))
 
 
 @pytest.mark.parametrize("name", ["tiny_flux_256", "tiny_clip_l"])

@@ -103,9 +103,9 @@ def test_dtypes(dtype):
 def test_known_by_its_patches_and_device():
     patches = [patch(lora())]
     path = side_path(patches, KEY, SHAPE, CPU, torch.float32)
-    assert path.is_of(list(patches), CPU)
-    assert not path.is_of(patches, torch.device("meta"))
-    assert not path.is_of([patch(patches[0][1])], CPU)
+    assert path.is_of(list(patches), CPU, torch.float32)
+    assert not path.is_of(patches, torch.device("meta"), torch.float32)
+    assert not path.is_of([patch(patches[0][1])], CPU, torch.float32)
     # The host adds to the very list that it handed over.
     patches.append(patch(lora()))
-    assert not path.is_of(patches, CPU)
+    assert not path.is_of(patches, CPU, torch.float32)
