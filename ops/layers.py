@@ -38,8 +38,10 @@ class PackedWeight:
         self.missing = tuple(name for name in shapes if name not in given)
         missing_keys += [prefix + name for name in self.missing]
         unexpected_keys += [prefix + name for name in given if name not in shapes]
-        for name in shapes.keys() & given.keys():
-            tensor = _as_shape(given[name], shapes[name], prefix + name)
+        for name, shape in shapes.items():
+            if name not in given:
+                continue
+            tensor = _as_shape(given[name], shape, prefix + name)
             dtype = getattr(self, f"{name}_comfy_model_dtype", None) or tensor.dtype
             if is_packed(tensor):
                 tensor = relabel(tensor, dtype)

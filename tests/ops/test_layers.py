@@ -109,9 +109,19 @@ def test_plain_weights_are_the_hosts_affair(name, arguments, options, shape, cal
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
-def test_norms_are_the_hosts_own():
-    for name in ("LayerNorm", "RMSNorm", "GroupNorm"):
-        assert getattr(GGUFOps, name) is getattr(HOST, name)
+@pytest.mark.parametrize(
+    ("name", "arguments", "shape"),
+    [("LayerNorm", (8,), (2, 8)), ("RMSNorm", (8,), (2, 8)), ("GroupNorm", (2, 8), (2, 8, 3))],
+)
+def test_norms_are_those_of_the_host(name, arguments, shape):
+    ours, hosts = getattr(GGUFOps, name)(*arguments), getattr(HOST, name)(*arguments)
+    weights = {key: torch.randn(8) for key in hosts.state_dict()}
+    for layer in (ours, hosts):
+        layer.load_state_dict(weights)
+    x = torch.randn(shape)
+    assert torch.equal(ours(x), hosts(x))
+    with pytest.raises(WeightShapeError, match=r"weight' has shape \[4\]; the model needs \[8\]"):
+        ours.load_state_dict({key: torch.randn(4) for key in weights})
 
 
 @pytest.mark.parametrize(("decode_dtype", "is_rounded"), [(None, False), (torch.float16, True)])
