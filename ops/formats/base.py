@@ -9,11 +9,15 @@ class BlockFormat:
     """One GGML tensor type: how many values a block holds, in how many bytes, and how to decode it.
 
     `number` is the type's number in a GGUF file, `block_size` the values and `block_bytes` the bytes of one block.
+    A type that can be written too has `encode(values, importance=None)`: float32 [n, block_size], importance likewise
+    or None for ggml's own weighting -> uint8 [n, block_bytes], with the bytes of ggml. Types without a search ignore
+    importance; where `energy_of_row` is set, it stands for the weights that exact.with_energy gives for whole rows.
     """
 
     number: int
     block_size: int
     block_bytes: int
+    energy_of_row = False
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -46,6 +50,11 @@ def half(field: torch.Tensor) -> torch.Tensor:
     return reinterpret(field, torch.float16).float()
 
 
+def half_bytes(values: torch.Tensor) -> torch.Tensor:
+    """float32 [n, k] -> uint8 [n, 2 * k] holding float16, rounded to nearest."""
+    return values.half().contiguous().view(torch.uint8)
+
+
 @cache
 def shifts(steps: range, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[len(steps)] on `device`, moved there once."""
@@ -71,3 +80,22 @@ def bit_planes(packed: torch.Tensor, width: int) -> torch.Tensor:
     torch.bitwise_right_shift(words, steps.unsqueeze(-1), out=planes)
     mask = int.from_bytes([(1 << width) - 1] * dtype.itemsize, "little")
     return planes.bitwise_and_(mask).view(torch.uint8)
+
+
+def pack_planes(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """uint8 [..., 8 // width, k] -> uint8 [..., k]: the inverse of bit_planes."""
+    packed, *planes = codes.unbind(-2)
+    for place, plane in enumerate(planes, 1):
+        packed = packed | plane << width * place
+    return packed
+
+
+def pack_fields(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """uint8 [..., k * 8 // width] -> uint8 [..., k]: the inverse of bit_fields."""
+    return pack_planes(codes.unflatten(-1, (-1, 8 // width)).transpose(-1, -2), width)
+
+
+def round_half_away(values: torch.Tensor) -> torch.Tensor:
+    """The nearest integers, of two the one farther from zero, in place: C's roundf."""
+    fraction = values - values.trunc()
+    return values.trunc_().add_(fraction.mul_(2).trunc_())

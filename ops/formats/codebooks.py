@@ -160,6 +160,16 @@ def ue4m3_halves() -> torch.Tensor:
     return torch.tensor([0.0 if byte == 0x7F else value(byte) / 2 for byte in range(256)], dtype=torch.float32)
 
 
+def nearest_code_of_half() -> torch.Tensor:
+    """uint8 [512]: the code of IQ4_NL nearest to a number from k / 2 - 128 on, up to the next half.
+
+    The middle between two values is a multiple of 1/2, and belongs to the greater one.
+    """
+    values = torch.tensor(VALUES_OF_CODE["IQ4_NL"])
+    middles = values[1:] + values[:-1]
+    return torch.bucketize(torch.arange(-256, 256), middles, right=True).to(torch.uint8)
+
+
 WORD_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 CODEBOOKS = {
@@ -170,6 +180,8 @@ CODEBOOKS = {
     "EVEN_SIGNS": lambda: sign_rows([byte | byte.bit_count() % 2 << 7 for byte in range(128)]),
     "E8M0_HALVES": e8m0_halves,
     "UE4M3_HALVES": ue4m3_halves,
+    "IQ4_NL_CODE_OF_HALF": nearest_code_of_half,
+    "IQ4_NL_VALUE_OF_HALF": lambda: torch.tensor(VALUES_OF_CODE["IQ4_NL"]).float()[nearest_code_of_half().long()],
 }
 
 

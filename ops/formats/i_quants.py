@@ -5,8 +5,10 @@ Every product of scale, grid value and sign is exact in float32, so the order of
 
 import torch
 
-from .base import BlockFormat, bit_fields, half, reinterpret, shifts
+from .base import BlockFormat, bit_fields, half, half_bytes, pack_fields, pack_planes, reinterpret, shifts
 from .codebooks import look_up
+from .exact import finite_quotient, largest, nearest, with_energy
+from .search import nearest_codes, search_codebook
 
 
 class IQ1_S(BlockFormat):
@@ -146,6 +148,13 @@ class IQ4_NL(BlockFormat):
         values = look_up("IQ4_NL", qs).transpose(1, 2)
         torch.mul(values, d.unsqueeze(-1), out=out.unflatten(1, (2, 16)))
 
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        weights = importance if importance is None else with_energy(importance, values, 2)
+        d = search_codebook(values, weights).unsqueeze(1)
+        q = nearest_codes(values * finite_quotient(1, d))
+        return torch.cat((half_bytes(d), pack_planes(q.view(-1, 2, 16), 4)), 1)
+
 
 class IQ4_XS(BlockFormat):
     """d: f16 | scales_h: 2 B of 2-bit fields | scales_l: 4 B of nibbles, low first | qs: 128 B
@@ -163,6 +172,18 @@ class IQ4_XS(BlockFormat):
         dl = d * low.add_(high, alpha=16).sub_(32).view(torch.int8)
         values = look_up("IQ4_NL", qs.unflatten(1, (8, 16))).transpose(2, 3)
         torch.mul(values, dl[..., None, None], out=out.unflatten(1, (8, 2, 16)))
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        groups = values.view(-1, 32)
+        weights = importance if importance is None else with_energy(importance, values, 2).view(-1, 32)
+        exact = search_codebook(groups, weights).view(-1, 8)
+        d = largest(exact).unsqueeze(1) / -32
+        scale = nearest(exact * finite_quotient(1, d), -32, 31)
+        q = nearest_codes(groups * finite_quotient(1, (d * scale).view(-1, 1)))
+        scale = (scale + 32).to(torch.uint8)
+        scales_h, scales_l = pack_fields(scale >> 4, 2), pack_fields(scale & 15, 4)
+        return torch.cat((half_bytes(d), scales_h, scales_l, pack_planes(q.view(-1, 8, 2, 16), 4).flatten(1)), 1)
 
 
 def three_bit_fields(words: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,22 @@ like the spec's multiplication followed by a subtraction. Where bits are shuffle
 
 import torch
 
-from .base import BlockFormat, bit_planes, half
+from .base import BlockFormat, bit_planes, half, half_bytes, pack_planes
+from .exact import divide, finite_quotient, largest, nearest, square_root, sum_rows, with_energy
+from .search import (
+    GROUP_MAX_EPS,
+    STEPS_WITH_IMPORTANCE,
+    make_q3_quants,
+    make_qkx2_quants,
+    make_qp_quants,
+    make_qx_quants,
+)
+
+
+def mean_and_magnitude(groups: torch.Tensor) -> torch.Tensor:
+    """ggml's weights for a fit with a minimum: [n, k] -> root mean square of each group + |value|."""
+    columns = groups.t()
+    return square_root(sum_rows((columns * columns).unbind(0)) / groups.shape[1]).unsqueeze(1) + groups.abs()
 
 
 class Q2_K(BlockFormat):
@@ -16,6 +31,8 @@ class Q2_K(BlockFormat):
     """
 
     number, block_size, block_bytes = 10, 256, 84
+    group_size, q_max, scale_max, energy, steps, penalty = 16, 3, 15, 1, (-0.5, 0.1, 15), torch.abs
+    own_weights = staticmethod(torch.abs)
 
     @classmethod
     def decode_into(cls, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -23,6 +40,12 @@ class Q2_K(BlockFormat):
         scale, minus_min = scale_and_minus_min(d_dmin, bit_planes(scales, 4))
         q = bit_planes(qs.unflatten(1, (2, 32)), 2).view(-1, 16, 16)
         torch.addcmul(minus_min, q, scale, out=out.unflatten(1, (16, 16)))
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        d_dmin, scales_and_mins, q = fit_with_minimum(cls, values, importance)
+        qs = pack_planes(q.view(-1, 2, 4, 32), 2).flatten(1)
+        return torch.cat((pack_planes(scales_and_mins, 4), qs, d_dmin), 1)
 
 
 class Q3_K(BlockFormat):
@@ -44,6 +67,23 @@ class Q3_K(BlockFormat):
         q = q.add_(bit_planes(hmask, 1).flatten(1), alpha=4).sub_(4).view(torch.int8)
         torch.mul(q.unflatten(1, (16, 16)), scale.unsqueeze(-1), out=out.unflatten(1, (16, 16)))
 
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        groups = values.view(-1, 16)
+        if importance is None:
+            exact, searched = make_q3_quants(groups, nmax=4)
+            d, scale = scales_by_greatest(exact.view(-1, 16), nmax=32)
+            scale = (scale + 32).masked_fill_(d == 0, 0).to(torch.uint8)
+        else:
+            weights = with_energy(importance, values, 2).view(-1, 16)
+            exact, searched = make_qx_quants(groups, 4, weights)
+            d, scale = make_qx_quants(exact.view(-1, 16), 32, sum_rows(weights.unbind(1)).view(-1, 16))
+            d = d.unsqueeze(1)
+        q = codes_again(groups, d.half().float() * (scale.int() - 32), searched, 4)
+        low, high = pack_planes((scale & 15).view(-1, 2, 8), 4), pack_planes((scale >> 4).view(-1, 4, 4), 2)
+        hmask, qs = pack_planes(q.view(-1, 8, 32) >> 2, 1), pack_planes((q & 3).view(-1, 2, 4, 32), 2).flatten(1)
+        return torch.cat((hmask, qs, low, high, half_bytes(d)), 1)
+
 
 class Q4_K(BlockFormat):
     """d: f16 | dmin: f16 | scales: 12 B, see six_bit_scales_and_mins | qs: 128 B
@@ -52,6 +92,8 @@ class Q4_K(BlockFormat):
     """
 
     number, block_size, block_bytes = 12, 256, 144
+    group_size, q_max, scale_max, energy, steps, penalty = 32, 15, 63, 2, (-1.0, 0.1, 20), torch.square
+    own_weights = staticmethod(mean_and_magnitude)
 
     @classmethod
     def decode_into(cls, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -59,6 +101,12 @@ class Q4_K(BlockFormat):
         scale, minus_min = scale_and_minus_min(d_dmin, six_bit_scales_and_mins(scales))
         q = bit_planes(qs.unflatten(1, (4, 32)), 4).flatten(1, 2)
         torch.addcmul(minus_min, q, scale, out=out.unflatten(1, (8, 32)))
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        d_dmin, scales_and_mins, q = fit_with_minimum(cls, values, importance)
+        qs = pack_planes(q.view(-1, 4, 2, 32), 4).flatten(1)
+        return torch.cat((d_dmin, pack_six_bit(scales_and_mins), qs), 1)
 
 
 class Q5_K(BlockFormat):
@@ -68,6 +116,8 @@ class Q5_K(BlockFormat):
     """
 
     number, block_size, block_bytes = 13, 256, 176
+    group_size, q_max, scale_max, energy, steps, penalty = 32, 31, 63, 2, (-0.5, 0.1, 15), torch.square
+    own_weights = staticmethod(mean_and_magnitude)
 
     @classmethod
     def decode_into(cls, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -75,6 +125,12 @@ class Q5_K(BlockFormat):
         scale, minus_min = scale_and_minus_min(d_dmin, six_bit_scales_and_mins(scales))
         q = bit_planes(qs.unflatten(1, (4, 32)), 4).flatten(1, 2).add_(bit_planes(qh, 1), alpha=16)
         torch.addcmul(minus_min, q, scale, out=out.unflatten(1, (8, 32)))
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        d_dmin, scales_and_mins, q = fit_with_minimum(cls, values, importance)
+        qh, qs = pack_planes(q.view(-1, 8, 32) >> 4, 1), pack_planes((q & 15).view(-1, 4, 2, 32), 4).flatten(1)
+        return torch.cat((d_dmin, pack_six_bit(scales_and_mins), qh, qs), 1)
 
 
 class Q6_K(BlockFormat):
@@ -93,6 +149,18 @@ class Q6_K(BlockFormat):
         high = bit_planes(qh.unflatten(1, (2, 32)), 2).flatten(1)
         q = bit_planes(ql.unflatten(1, (2, 64)), 4).flatten(1).add_(high, alpha=16).sub_(32).view(torch.int8)
         torch.mul(q.unflatten(1, (16, 16)), scale.unsqueeze(-1), out=out.unflatten(1, (16, 16)))
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        groups = values.view(-1, 16)
+        exact, searched = make_qx_quants(groups, 32, importance if importance is None else importance.view(-1, 16))
+        exact = exact.view(-1, 16)
+        d, scale = scales_by_greatest(exact, nmax=128)
+        q = codes_again(groups, d.half().float() * scale, searched, 32)
+        ql, qh = pack_planes((q & 15).view(-1, 2, 2, 64), 4), pack_planes((q >> 4).view(-1, 2, 4, 32), 2)
+        blocks = torch.cat((ql.flatten(1), qh.flatten(1), scale.to(torch.int8).view(torch.uint8), half_bytes(d)), 1)
+        empty = exact.abs().amax(1, keepdim=True) < GROUP_MAX_EPS
+        return blocks.masked_fill_(empty, 0)
 
 
 def six_bit_scales_and_mins(scales: torch.Tensor) -> torch.Tensor:
@@ -115,3 +183,56 @@ def scale_and_minus_min(d_dmin: torch.Tensor, scales_and_mins: torch.Tensor) -> 
     d_dmin[:, 1].neg_()
     scale, minus_min = (scales_and_mins * d_dmin.unsqueeze(-1)).unsqueeze(-1).unbind(1)
     return scale, minus_min
+
+
+def pack_six_bit(scales_and_mins: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 2, 8] -> uint8 [n, 12]: the inverse of six_bit_scales_and_mins."""
+    first, last = scales_and_mins.split(4, 2)
+    return torch.cat(((first | last >> 4 << 6).flatten(1), pack_planes(last & 15, 4)), 1)
+
+
+def fit_with_minimum(
+    cls: type[BlockFormat], values: torch.Tensor, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find scales, minima and codes of Q2_K, Q4_K and Q5_K; the codes once more for what the scales were rounded to.
+
+    The class says how: its steps, penalty and own_weights go into the search without importance, its energy into the
+    weights with it; codes go up to q_max, scales and minima up to scale_max.
+    -> f16 bytes of d and dmin [n, 4], scales and minima uint8 [n, 2, k], codes uint8 [n * k, group_size].
+    """
+    groups = values.view(-1, cls.group_size)
+    if importance is None:
+        weights = cls.own_weights(groups)
+        *exact, searched = make_qkx2_quants(groups, weights, cls.q_max, cls.steps, cls.penalty)
+        exact = torch.stack(exact).view(2, len(values), -1)
+        d, rounded = both_by_greatest(exact, cls.scale_max)
+    else:
+        weights = with_energy(importance, values, cls.energy).view(-1, cls.group_size)
+        *exact, searched = make_qkx2_quants(groups, weights, cls.q_max, STEPS_WITH_IMPORTANCE)
+        exact = torch.stack(exact).view(-1, 256 // cls.group_size)
+        sums = sum_rows(weights.unbind(1)).view(len(values), -1).repeat(2, 1)
+        d, rounded = (item.view(2, len(values), -1) for item in make_qp_quants(exact, sums, cls.scale_max))
+    d = d.half()
+    scale, dmin = (d.float() * rounded).view(2, -1, 1)
+    q = nearest((groups + dmin) / scale, 0, cls.q_max).to(torch.uint8)
+    q = torch.where(scale == 0, searched, q)
+    return d.transpose(0, 1).contiguous().view(-1, 2).view(torch.uint8), rounded.transpose(0, 1).to(torch.uint8), q
+
+
+def both_by_greatest(exact: torch.Tensor, nmax: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales or minima [..., k] over their greatest, which becomes nmax -> d [..., 1], the rounded ones [..., k]."""
+    top = exact.amax(-1, keepdim=True).clamp_(min=0).add_(0.0)
+    return divide(top, nmax), nearest(exact * finite_quotient(nmax, top), 0, nmax)
+
+
+def scales_by_greatest(exact: torch.Tensor, nmax: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signed scales [n, k] over the one farthest from zero, which becomes -nmax -> d [n, 1], rounded ones [n, k]."""
+    inverse = finite_quotient(-nmax, largest(exact).unsqueeze(1))
+    return finite_quotient(1, inverse), nearest(exact * inverse, -nmax, nmax - 1)
+
+
+def codes_again(groups: torch.Tensor, scale: torch.Tensor, searched: torch.Tensor, nmax: int) -> torch.Tensor:
+    """The codes nearest to [n, k] values over their scales, plus nmax, uint8; those searched where the scale is 0."""
+    scale = scale.view(-1, 1)
+    q = nearest(groups / scale, -nmax, nmax - 1).add_(nmax).to(torch.uint8)
+    return torch.where(scale == 0, searched, q)

@@ -16,19 +16,29 @@ class PlainFormat(BlockFormat):
         out.copy_(reinterpret(blocks, cls.storage_dtype))
 
 
-class F32(PlainFormat):
+class Rounded:
+    """What the types that values are written as have besides: they are rounded to nearest."""
+
+    storage_dtype: torch.dtype
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        return values.to(cls.storage_dtype).contiguous().view(torch.uint8)
+
+
+class F32(Rounded, PlainFormat):
     """f32 -> 1 value"""
 
     number, block_bytes, storage_dtype = 0, 4, torch.float32
 
 
-class F16(PlainFormat):
+class F16(Rounded, PlainFormat):
     """f16 -> 1 value"""
 
     number, block_bytes, storage_dtype = 1, 2, torch.float16
 
 
-class BF16(PlainFormat):
+class BF16(Rounded, PlainFormat):
     """bf16 -> 1 value"""
 
     number, block_bytes, storage_dtype = 30, 2, torch.bfloat16
