@@ -38,14 +38,18 @@ def dequantize(
         shape = (*blocks.shape[:-1], blocks.shape[-1] // block_format.block_bytes * block_format.block_size)
     check_shape(shape, n_blocks, block_format)
     out = torch.empty(shape, dtype=dtype, device=blocks.device)
-    values, blocks = out.view(n_blocks, block_format.block_size), blocks.reshape(n_blocks, block_format.block_bytes)
-    if n_blocks and has_kernel(block_format, blocks.device):
-        launch.decode_into(block_format.__name__, blocks, values)
-        return out
+    decode_into(block_format, blocks, out)
+    return out
+
+
+def decode_into(block_format: type[BlockFormat], blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the values of packed `blocks` to the contiguous `out`; whoever calls has found that the two fit."""
+    if blocks.numel() and has_kernel(block_format, blocks.device):
+        return launch.decode_into(block_format.__name__, blocks, out)
+    values, blocks = out.view(-1, block_format.block_size), blocks.reshape(-1, block_format.block_bytes)
     blocks_per_pass = VALUES_PER_PASS.get(blocks.device.type, sys.maxsize) // block_format.block_size
     for some_blocks, some_values in zip(blocks.split(blocks_per_pass), values.split(blocks_per_pass), strict=True):
         block_format.decode_into(some_blocks, some_values)
-    return out
 
 
 @cache

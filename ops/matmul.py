@@ -3,12 +3,8 @@
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 
-from .dequantize import dequantize, dequantize_rows, has_kernel
+from .dequantize import decode_into, dequantize, dequantize_rows
 from .formats import FORMAT_BY_NUMBER, FORMATS
-from .kernels import WHY_NONE
-
-if WHY_NONE is None:
-    from .kernels import launch
 
 
 # torch.compile sees one opaque op in place of the bit arithmetic of a format.
@@ -40,12 +36,10 @@ def decode_weight(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     block_format = FORMATS[params.type]
     if torch.compiler.is_compiling():
         return dequantize_op(blocks, block_format.number, list(params.orig_shape), dtype)
-    if has_kernel(block_format, blocks.device):
-        # Shape and bytes were found to fit when the weight was packed.
-        out = torch.empty(params.orig_shape, dtype=dtype, device=blocks.device)
-        launch.decode_into(params.type, blocks, out)
-        return out
-    return dequantize(blocks, params.type, params.orig_shape, dtype)
+    # Shape and bytes were found to fit when the weight was packed.
+    out = torch.empty(params.orig_shape, dtype=dtype, device=blocks.device)
+    decode_into(block_format, blocks, out)
+    return out
 
 
 def gather_rows(weight: QuantizedTensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
