@@ -148,12 +148,6 @@ class GGUFFile:
             check_tensor_count(self.path, first.metadata, len(tensors))
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
 
-    @property
-    def architecture(self) -> str | None:
-        """`general.architecture` where it is there and a string: a hint, never a condition."""
-        value = self.metadata.get("general.architecture")
-        return value if isinstance(value, str) else None
-
     def mapping(self, name: str) -> mmap.mmap:
         """The mapping of the file that holds tensor `name`; whoever holds it keeps it alive, nobody closes it."""
         if name not in self.tensors:

@@ -76,15 +76,6 @@ def test_numbers_and_arrays_of_numbers(value_type: int, code: str, value: float,
 def test_strings(small: Path) -> None:
     with open_gguf(small) as file:
         assert dict(file.metadata) == {"general.architecture": "flux", "tokens": ["a", "", "\u00e9\u00e9", "d\0e"]}
-        assert file.architecture == "flux"
-
-
-@pytest.mark.parametrize(
-    "pairs", [[], [g.pair("general.architecture", g.UINT8, b"\1")]], ids=["no architecture", "a number as architecture"]
-)
-def test_architecture_is_a_hint(pairs: list[bytes], tmp_path: Path) -> None:
-    with open_gguf(write(tmp_path / "hint.gguf", g.file(pairs))) as file:
-        assert file.architecture is None
 
 
 def test_arrays_are_decoded_only_when_asked_for(tmp_path: Path) -> None:
@@ -341,7 +332,7 @@ def smollm2() -> Path:
 def test_a_file_of_llama_cpp(smollm2: Path) -> None:
     reference = gguf.GGUFReader(smollm2)
     with open_gguf(smollm2) as file:
-        assert file.architecture == "llama"
+        assert file.metadata["general.architecture"] == "llama"
         types = [info.type for info in file.tensors.values()]
         assert {name: types.count(name) for name in types} == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
         assert [(i.name, i.type, i.shape, i.offset, i.nbytes) for i in file.tensors.values()] == [
