@@ -19,6 +19,7 @@ OPTIMIZATION_PROFILE = {
     "quant_cache_size": 256,
     "max_parallel_models": 2,
     "max_loras": 2,
+    "compute": "exact",
 }
 
 CONFIG_JSON = Path(__file__).with_name("config.json")
@@ -39,6 +40,7 @@ class Settings:
     quant_cache_size: int
     max_parallel_models: int
     max_loras: int
+    compute: str
     memory_mode: str
     vae_slicing: bool
     sequential_processing: bool
@@ -113,6 +115,12 @@ TABLE = (
         "How many diffusion models and text encoders of this pack stay loaded; the least recently used leaves first.",
     ),
     Setting("max_loras", whole_number(1, "LoRAs"), 2, "How many LoRAs one LoraLoaderGGUF node takes."),
+    Setting(
+        "compute",
+        one_of("exact", "fp8", "int8", "auto"),
+        "exact",
+        "How layers multiply: exact; faster in 8-bit floats or integers; auto: by layer the fastest that does no harm.",
+    ),
     Setting(
         "memory_mode",
         one_of("conservative", "balanced", "aggressive"),

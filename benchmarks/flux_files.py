@@ -1,8 +1,8 @@
-"""A full-size Flux.1-dev with random weights: as GGUF of one type, and as the bfloat16 safetensors it decodes to.
+"""A full-size Flux.1-dev with random weights as GGUF.
 
-    python benchmarks/flux_files.py FOLDER TYPE ...
+    python benchmarks/flux_files.py FOLDER RECIPE ...
 
-Both files hold the same values, so that a sampler must give the same latent with either. 7 to 13 GB and 24 GB.
+RECIPE is a type or a row of MIXED. 7 to 13 GB each.
 """
 
 import sys
@@ -10,16 +10,15 @@ from pathlib import Path
 
 import gguf
 import torch
-from gguf_native.loader import open_gguf
-from gguf_native.ops import dequantize
 from gguf_native.ops.formats import FORMATS
-from safetensors.torch import save_file
 
 HIDDEN, DOUBLE, SINGLE, TEXT, POOLED = 3072, 19, 38, 4096, 768
 MLP = 4 * HIDDEN
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # As converters keep them: small or sensitive.
 KEPT = ("img_in", "time_in", "vector_in", "guidance_in", "final_layer.linear")
+# Recipe -> type of most matrices, and of those with a certain part in their names.
+MIXED = {"Q5_K_M": ("Q5_K", {"attn.qkv": "Q6_K"})}
 # What each value is about when its block's scales are these: weights should spread by about 0.02.
 SPREAD = 0.02
 
@@ -69,7 +68,12 @@ def random_blocks(type_name: str, n_blocks: int, generator: torch.Generator) -> 
     return blocks
 
 
-def write_gguf(path: Path, type_name: str) -> None:
+def type_of(name: str, recipe: str) -> str:
+    usual, others = MIXED.get(recipe, (recipe, {}))
+    return next((other for part, other in others.items() if part in name), usual)
+
+
+def write_gguf(path: Path, recipe: str) -> None:
     generator = torch.Generator(DEVICE).manual_seed(0)
     writer = gguf.GGUFWriter(path, "flux")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -79,6 +83,7 @@ def write_gguf(path: Path, type_name: str) -> None:
             values = torch.randn(shape, device=DEVICE, generator=generator) * spread
             writer.add_tensor(name, (torch.ones_like(values) if name.endswith("scale") else values).cpu().numpy())
         else:
+            type_name = type_of(name, recipe)
             n_blocks = shape[0] * shape[1] // FORMATS[type_name].block_size
             blocks = random_blocks(type_name, n_blocks, generator).view(shape[0], -1).cpu().numpy()
             writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[type_name])
@@ -88,24 +93,11 @@ def write_gguf(path: Path, type_name: str) -> None:
     writer.close()
 
 
-def write_decoded(source: Path, target: Path) -> None:
-    """The GGUF file's values in bfloat16; how exactly they decode is the business of the tests."""
-    with open_gguf(source) as file:
-        save_file(
-            {
-                name: dequantize(file.read(name).to(DEVICE), info.type, info.shape, torch.bfloat16).cpu()
-                for name, info in file.tensors.items()
-            },
-            target,
-        )
-
-
-def main(folder: str, *type_names: str) -> None:
-    for type_name in type_names:
-        packed = Path(folder) / f"flux-{type_name}.gguf"
-        write_gguf(packed, type_name)
-        write_decoded(packed, packed.with_suffix(".safetensors"))
-        print(f"{packed.name}: {packed.stat().st_size / 1e9:.2f} GB", flush=True)
+def main(folder: str, *recipes: str) -> None:
+    for recipe in recipes:
+        path = Path(folder) / f"flux-{recipe}.gguf"
+        write_gguf(path, recipe)
+        print(f"{path.name}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""One timed Flux run inside the real ComfyUI engine, in a process of its own; prints one JSON line after RESULT.
+"""Timed Flux runs inside the real ComfyUI engine, in one process; prints one JSON line each after RESULT.
 
-    python benchmarks/flux_run.py COMFYUI FILE [--pack] [--resolution 1024] [--steps 8] [--cap GB] [--loras N]
-                                  [--rank 16] [--compile] [--save LATENT] [arguments for ComfyUI]
+    python benchmarks/flux_run.py COMFYUI FILE [--compute native exact fp8 ...] [--resolution 1024 512 ...] [--steps 8]
+                                  [--cap GB] [--loras N] [--rank 16] [--compile] [--latents FOLDER]
+                                  [arguments for ComfyUI]
 
-FILE goes through ComfyUI's own loader, or with --pack through this pack's. --cap leaves only so much VRAM free: another
-process holds the rest. The noise and the prompt are fixed, so that latents of two runs can be compared.
+"native" is ComfyUI's own run of the bfloat16 weights that the GGUF file decodes to; the others are this pack's ways to
+compute. --cap leaves only so much VRAM free: another process holds the rest. Noise and prompt are fixed: the error is
+that of the latent against the native one, of this process or of an earlier one that left it in FOLDER.
 """
 
 import argparse
@@ -32,19 +34,19 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("comfyui")
     parser.add_argument("file")
-    parser.add_argument("--pack", action="store_true")
-    parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument("--compute", nargs="+", default=["native", "exact"])
+    parser.add_argument("--resolution", type=int, nargs="+", default=[1024])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cap", type=float)
     parser.add_argument("--loras", type=int, default=0)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--save")
+    parser.add_argument("--latents")
     return parser.parse_known_args()
 
 
 options, host_arguments = parse()
-for name in ("file", "save"):
+for name in ("file", "latents"):
     if getattr(options, name):
         setattr(options, name, os.path.abspath(getattr(options, name)))
 ballast = None
@@ -55,6 +57,8 @@ if options.cap:
 
 # As ComfyUI's main.py starts, without its server.
 sys.argv = ["main.py", *host_arguments]
+# All models of a run stay.
+os.environ["GGUF_NATIVE_MEMORY_MODE"] = "conservative"
 sys.path.append(options.comfyui)
 os.chdir(options.comfyui)
 import comfy.options  # noqa: E402
@@ -79,6 +83,9 @@ if (
     comfy.memory_management.aimdo_enabled = True
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
+from gguf_native.loader import open_gguf  # noqa: E402
+from gguf_native.loader.diffusion_model import load_diffusion_model  # noqa: E402
+from gguf_native.ops import dequantize  # noqa: E402
 
 
 def loras(model, count: int, rank: int):
@@ -113,9 +120,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def sample(model) -> tuple[torch.Tensor, float, float]:
+def sample(model, resolution: int) -> tuple[torch.Tensor, float, float]:
     """The latent, seconds until the first step is done, and the median of the others."""
-    side, stamps = options.resolution // 8, []
+    side, stamps = resolution // 8, []
 
     def normal(*shape: int, seed: int) -> torch.Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -144,40 +151,98 @@ def sample(model) -> tuple[torch.Tensor, float, float]:
     return latent, stamps[0] - start, statistics.median(steps)
 
 
-def main() -> dict[str, object]:
-    torch.set_grad_enabled(False)
-    # As the server runs nodes; torch.compile wants plain tensors.
-    with torch.inference_mode(not options.compile):
-        start = time.perf_counter()
-        if options.pack:
-            from gguf_native.loader.diffusion_model import load_diffusion_model
+def load(compute: str):
+    return load_native(options.file) if compute == "native" else load_diffusion_model(options.file, compute=compute)
 
-            model = load_diffusion_model(options.file)
-        else:
-            model = comfy.sd.load_diffusion_model(options.file)
-        load = time.perf_counter() - start
-        model = loras(model, options.loras, options.rank)
-        if options.compile:
-            model = compiled(model)
-        _, cold, _ = sample(model)
-        latent, warm, step = sample(model)
-    if options.save:
-        torch.save(latent.cpu(), options.save)
-    gpu = torch.cuda.is_available()
+
+def load_native(path: str, disable_dynamic: bool = False):
+    model = comfy.sd.load_diffusion_model_state_dict(decoded(path), disable_dynamic=disable_dynamic)
+    # With which the host makes a clone for torch.compile.
+    model.cached_patcher_init = (load_native, (path,))
+    return model
+
+
+def decoded(path: str) -> dict[str, torch.Tensor]:
+    """The file's tensors as bfloat16 in RAM; how exactly they decode is the business of the tests."""
+    device = mm.get_torch_device()
+    with open_gguf(path) as file:
+        return {
+            name: dequantize(file.read(name).to(device), info.type, info.shape, torch.bfloat16).cpu()
+            for name, info in file.tensors.items()
+        }
+
+
+def measure(model, compute: str, resolution: int) -> dict[str, object]:
+    torch.cuda.reset_peak_memory_stats()
+    latent, first, step = sample(model, resolution)
     return {
-        "patcher": type(model).__name__,
-        "load": round(load, 2),
-        "cold_first_step": round(cold, 3),
-        "warm_first_step": round(warm, 3),
+        "first_step": round(first, 3),
         "step": round(step, 4),
         "finite": bool(latent.isfinite().all()),
-        "torch_peak_gb": round(torch.cuda.max_memory_reserved() / 2**30, 2) if gpu else None,
-        "rss_peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "error": error(latent.cpu().double(), compute, resolution),
+        # Under DynamicVRAM without the weights, which are not torch's.
+        "torch_peak_gb": round(torch.cuda.max_memory_allocated() / 2**30, 3),
     }
 
 
+def error(latent: torch.Tensor, compute: str, resolution: int) -> float | None:
+    """Relative to the native latent of the same resolution, LoRAs and weights; None if there is none."""
+    name = f"{os.path.basename(options.file)}-{resolution}-{options.loras}.pt"
+    path = os.path.join(options.latents or "/nowhere", name)
+    if compute == "native":
+        natives[name] = latent
+        if options.latents:
+            torch.save(latent, path)
+    elif name not in natives and os.path.exists(path):
+        natives[name] = torch.load(path)
+    native = natives.get(name)
+    return None if native is None else float((latent - native).norm() / native.norm())
+
+
+natives: dict[str, torch.Tensor] = {}
+
+
+def load_all() -> dict[str, tuple]:
+    """compute -> (model, seconds of loading)."""
+    models = {}
+    for compute in options.compute:
+        start = time.perf_counter()
+        model = load(compute)
+        seconds = time.perf_counter() - start
+        model = loras(model, options.loras, options.rank)
+        models[compute] = compiled(model) if options.compile else model, seconds
+    return models
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    # As the server runs nodes; torch.compile wants plain tensors.
+    with torch.inference_mode(not options.compile):
+        models = load_all()
+        for resolution in options.resolution:
+            # In turns, because a machine's speed drifts.
+            rounds = [{name: measure(model, name, resolution) for name, (model, _) in models.items()} for _ in range(3)]
+            for compute, (model, seconds) in models.items():
+                cold, *warm = [measured[compute] for measured in rounds]
+                row = {
+                    "compute": compute,
+                    "resolution": resolution,
+                    "patcher": type(model).__name__,
+                    "load": round(seconds, 2),
+                    "cold_first_step": cold["first_step"],
+                    "warm_first_step": min(measured["first_step"] for measured in warm),
+                    "step": statistics.median(measured["step"] for measured in warm),
+                    "steps": [measured["step"] for measured in warm],
+                    "finite": all(measured["finite"] for measured in warm),
+                    "error": warm[-1]["error"],
+                    "torch_peak_gb": warm[-1]["torch_peak_gb"],
+                    "rss_peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+                }
+                print("RESULT " + json.dumps(row), flush=True)
+
+
 if __name__ == "__main__":
-    print("RESULT " + json.dumps(main()), flush=True)
+    main()
     if ballast:
         ballast.kill()
     # Not through the interpreter's end: the host's threads would keep it.

@@ -19,12 +19,14 @@ def load_diffusion_model(
     decode_dtype: torch.dtype | None = None,
     patch_dtype: torch.dtype | None = None,
     patch_on_device: bool = False,
+    compute: str | None = None,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """Load a diffusion model, its weights still packed, with the host's own patcher for the memory mode in force.
 
     decode_dtype: what decoded weights are rounded to first, None for the compute dtype. patch_dtype: of the LoRA
-    arithmetic, None for the compute dtype. patch_on_device: see `model_patcher.adopt`. Raises GGUFError kinds.
+    arithmetic, None for the compute dtype. patch_on_device, compute: see `model_patcher.adopt`; None is the setting's
+    compute. Raises GGUFError kinds.
     """
     sd, metadata = read_state_dict(path, settings().streaming_loading)
     architecture, names = metadata.get("general.architecture"), list(sd)
@@ -42,8 +44,8 @@ def load_diffusion_model(
     for layer in patcher.model.modules():
         if isinstance(layer, PackedWeight):
             layer.decode_dtype = decode_dtype
-    patcher.cached_patcher_init = (load_diffusion_model, (path, decode_dtype, patch_dtype, patch_on_device))
-    return adopt(patcher, DIFFUSION, patch_dtype, patch_on_device)
+    patcher.cached_patcher_init = (load_diffusion_model, (path, decode_dtype, patch_dtype, patch_on_device, compute))
+    return adopt(patcher, DIFFUSION, patch_dtype, patch_on_device, compute or settings().compute)
 
 
 def refuse_incomplete(path: str, model: torch.nn.Module) -> None:

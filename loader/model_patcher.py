@@ -10,9 +10,10 @@ import comfy.patcher_extension
 import comfy.utils
 import torch
 
-from ..ops.layers import PackedWeight
+from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.layout import is_packed
 from ..ops.lora import side_path
+from ..ops.matmul import Workspace
 from . import residency
 from .residency import ATTACHMENT
 
@@ -42,10 +43,15 @@ class PackedPatching:
         if unpatch_all:
             for layer in packed_layers(self.model).values():
                 layer.side_path = None
+                layer.workspace.release()
+            move_choices(self.model, self.offload_device)
         return model
 
     def cleanup(self):
         super().cleanup()
+        # Not the one of `adopt`: a clone without DynamicVRAM has a model of its own.
+        for layer in packed_layers(self.model).values():
+            layer.workspace.release()
         residency.leave_after_use(self)
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
@@ -78,6 +84,12 @@ class ModelPatcherDynamic(PackedPatching, comfy.model_patcher.ModelPatcherDynami
 class ModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):
     """The legacy path: CPU, WSL, AMD, `--disable-dynamic-vram`, and clones for torch.compile and hooks."""
 
+    def load(self, device_to=None, *args, **kwargs):
+        super().load(device_to, *args, **kwargs)
+        for layer in packed_layers(self.model).values():
+            if isinstance(layer, GGUFOps.Linear):
+                layer.prepare(self.load_device)
+
     def partially_unload(self, device_to, *args, **kwargs):
         freed = super().partially_unload(device_to, *args, **kwargs)
         hand_over(self, self.load_device)
@@ -103,12 +115,20 @@ class ModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):
             hand_over(self, self.load_device)
 
 
-def adopt(patcher, role: str, patch_dtype: torch.dtype | None = None, patch_on_device: bool = False):
+def adopt(
+    patcher, role: str, patch_dtype: torch.dtype | None = None, patch_on_device: bool = False, compute: str = "exact"
+):
     """Give a patcher that the host made, and every clone of it, the patching of packed weights.
 
     role: DIFFUSION, TEXT or VAE of residency. patch_dtype: of the LoRA arithmetic, None for the model's compute dtype.
     patch_on_device: keep adapters without a low-rank form on the GPU instead of sending them for every use.
+    compute: of compute.COMPUTE, for the layers of the model's repeated blocks; all others compute exactly.
     """
+    workspace = Workspace()
+    for layer in packed_layers(patcher.model).values():
+        layer.workspace = workspace
+    for layer in block_layers(patcher.model):
+        layer.compute = compute
     patcher.set_attachments(ATTACHMENT, {"role": role, "patch_dtype": patch_dtype, "patch_on_device": patch_on_device})
     patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_CLONE, ATTACHMENT, _adopt_clone)
     return _adopt_clone(None, patcher)
@@ -135,10 +155,36 @@ def packed_layers(model: torch.nn.Module) -> dict[str, PackedWeight]:
     }
 
 
+# Chroma's guidance and the token refiners of HunyuanVideo are lists of layers too.
+EMBEDDING_NAMES = ("guidance", "embed", "time", "txt_in", "refiner")
+
+
+def block_layers(model: torch.nn.Module) -> list[GGUFOps.Linear]:
+    """The linear layers of the model's repeated blocks: within a ModuleList that is not itself part of an embedding.
+
+    What lies outside is small and sensitive: projections of input and output, embeddings of time, guidance and vectors.
+    """
+    lists = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and not any(part in name for part in EMBEDDING_NAMES)
+    ]
+    layers = {layer: None for blocks in lists for layer in blocks.modules() if isinstance(layer, GGUFOps.Linear)}
+    return list(layers)
+
+
+def move_choices(model: torch.nn.Module, device: torch.device) -> None:
+    """What layers have chosen to compute with outlives their time on a GPU: its scales go with them."""
+    for layer in model.modules():
+        if isinstance(layer, GGUFOps.Linear) and layer.chosen is not None:
+            layer.chosen = layer.chosen.on(device)
+
+
 def hand_over(patcher, device: torch.device) -> None:
     """Take the patches of packed weights from where the host put them to the layers' side paths."""
     n_rewritten = 0
     of_hooks = patcher.get_combined_hook_patches(patcher.current_hooks)
+    move_choices(patcher.model, device)
     for key, layer in packed_layers(patcher.model).items():
         layer.weight_lowvram_function = None
         layer.weight_function = [f for f in layer.weight_function if not getattr(f, "is_lowvram_patch", False)]

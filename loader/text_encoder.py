@@ -73,11 +73,13 @@ def load_text_encoder(
     paths: Sequence[str],
     type_name: str,
     embedding_directory: list[str] | None = None,
+    compute: str | None = None,
     disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
     """Load one to four files as ComfyUI's own loaders do; each may be GGUF or safetensors.
 
     type_name: a value of the `type` input of ComfyUI's CLIP loaders. Sizes come from the tensors, not from the type.
+    compute: see `model_patcher.adopt`; None is the setting's.
     Raises a GGUFError for a GGUF file that is broken, unknown, or incomplete for the type.
     """
     files = [_read(str(path)) for path in paths]
@@ -95,8 +97,8 @@ def load_text_encoder(
     except WeightShapeError as error:
         raise WrongShapeError(f"{', '.join(file.name for file in files)} as type '{type_name}': {error}") from error
     _refuse_incomplete(clip, files, type_name)
-    clip.patcher = adopt(clip.patcher, residency.TEXT)
-    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (paths, type_name, embedding_directory))
+    clip.patcher = adopt(clip.patcher, residency.TEXT, compute=compute or settings().compute)
+    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (paths, type_name, embedding_directory, compute))
     return clip
 
 
@@ -104,10 +106,11 @@ def load_text_encoder_patcher(
     paths: Sequence[str],
     type_name: str,
     embedding_directory: list[str] | None = None,
+    compute: str | None = None,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """The patcher of a freshly loaded CLIP: what the host calls to clone one for another device or mode."""
-    return load_text_encoder(paths, type_name, embedding_directory, disable_dynamic).patcher
+    return load_text_encoder(paths, type_name, embedding_directory, compute, disable_dynamic).patcher
 
 
 def comfyui_tensors(

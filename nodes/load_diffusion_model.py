@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..loader.diffusion_model import load_diffusion_model
-from . import folders
+from . import compute_input, folders
 
 DTYPES = {
     "default": None,
@@ -26,13 +26,17 @@ class UnetLoaderGGUF(io.ComfyNode):
             category="model/loaders",
             description="Loads a diffusion model from a GGUF file. Its weights stay quantised in memory.",
             search_aliases=["gguf", "load diffusion model gguf", "quantized unet", "flux gguf", "Q4_K_M"],
-            inputs=[io.Combo.Input("unet_name", options=folders.files("unet_gguf"), tooltip=FILE_TOOLTIP)],
+            inputs=[
+                io.Combo.Input("unet_name", options=folders.files("unet_gguf"), tooltip=FILE_TOOLTIP),
+                compute_input.INPUT,
+            ],
             outputs=[io.Model.Output(tooltip="The diffusion model, its weights still quantised.")],
         )
 
     @classmethod
-    def execute(cls, unet_name) -> io.NodeOutput:
-        return io.NodeOutput(load_diffusion_model(folders.full_path("unet_gguf", unet_name)))
+    def execute(cls, unet_name, compute=compute_input.BY_SETTING) -> io.NodeOutput:
+        path = folders.full_path("unet_gguf", unet_name)
+        return io.NodeOutput(load_diffusion_model(path, compute=compute_input.chosen(compute)))
 
 
 class UnetLoaderGGUFAdvanced(io.ComfyNode):
@@ -65,11 +69,15 @@ class UnetLoaderGGUFAdvanced(io.ComfyNode):
                     tooltip="Keep LoHa, LoKr, DoRA and other adapters that must rebuild whole weights on the GPU: "
                     "faster, for more memory. Plain LoRAs are always there.",
                 ),
+                compute_input.INPUT,
             ],
             outputs=[io.Model.Output(tooltip="The diffusion model, its weights still quantised.")],
         )
 
     @classmethod
-    def execute(cls, unet_name, dequant_dtype, patch_dtype, patch_on_device) -> io.NodeOutput:
+    def execute(
+        cls, unet_name, dequant_dtype, patch_dtype, patch_on_device, compute=compute_input.BY_SETTING
+    ) -> io.NodeOutput:
         path = folders.full_path("unet_gguf", unet_name)
-        return io.NodeOutput(load_diffusion_model(path, DTYPES[dequant_dtype], DTYPES[patch_dtype], patch_on_device))
+        dtypes = DTYPES[dequant_dtype], DTYPES[patch_dtype]
+        return io.NodeOutput(load_diffusion_model(path, *dtypes, patch_on_device, compute_input.chosen(compute)))

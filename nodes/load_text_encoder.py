@@ -6,7 +6,7 @@ from comfy_api.latest import io
 import nodes as host_nodes
 
 from ..loader.text_encoder import load_text_encoder
-from . import folders
+from . import compute_input, folders
 
 FILE_TOOLTIP = "A GGUF or safetensors file in models/text_encoders or models/clip. The two kinds may be mixed."
 TYPE_TOOLTIP = "The kind of model that the text encoder is for, as in ComfyUI's own loader."
@@ -29,14 +29,15 @@ def _schema(node_id: str, display_name: str, description: str, inputs: list) -> 
         category="model/loaders",
         description=description,
         search_aliases=["gguf", "clip gguf", "text encoder gguf", "t5 gguf", "load clip"],
-        inputs=inputs,
+        inputs=[*inputs, compute_input.INPUT],
         outputs=[io.Clip.Output(tooltip=OUTPUT_TOOLTIP)],
     )
 
 
-def _load(names: list[str], type_name: str) -> io.NodeOutput:
+def _load(names: list[str], type_name: str, compute: str) -> io.NodeOutput:
     paths = [folders.full_path("clip_gguf", name) for name in names]
-    return io.NodeOutput(load_text_encoder(paths, type_name, folder_paths.get_folder_paths("embeddings")))
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    return io.NodeOutput(load_text_encoder(paths, type_name, embeddings, compute_input.chosen(compute)))
 
 
 class CLIPLoaderGGUF(io.ComfyNode):
@@ -50,8 +51,8 @@ class CLIPLoaderGGUF(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip_name, type) -> io.NodeOutput:
-        return _load([clip_name], type)
+    def execute(cls, clip_name, type, compute=compute_input.BY_SETTING) -> io.NodeOutput:
+        return _load([clip_name], type, compute)
 
 
 class DualCLIPLoaderGGUF(io.ComfyNode):
@@ -65,8 +66,8 @@ class DualCLIPLoaderGGUF(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip_name1, clip_name2, type) -> io.NodeOutput:
-        return _load([clip_name1, clip_name2], type)
+    def execute(cls, clip_name1, clip_name2, type, compute=compute_input.BY_SETTING) -> io.NodeOutput:
+        return _load([clip_name1, clip_name2], type, compute)
 
 
 class TripleCLIPLoaderGGUF(io.ComfyNode):
@@ -80,8 +81,8 @@ class TripleCLIPLoaderGGUF(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip_name1, clip_name2, clip_name3) -> io.NodeOutput:
-        return _load([clip_name1, clip_name2, clip_name3], "sd3")
+    def execute(cls, clip_name1, clip_name2, clip_name3, compute=compute_input.BY_SETTING) -> io.NodeOutput:
+        return _load([clip_name1, clip_name2, clip_name3], "sd3", compute)
 
 
 class QuadrupleCLIPLoaderGGUF(io.ComfyNode):
@@ -95,5 +96,5 @@ class QuadrupleCLIPLoaderGGUF(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip_name1, clip_name2, clip_name3, clip_name4) -> io.NodeOutput:
-        return _load([clip_name1, clip_name2, clip_name3, clip_name4], "hidream")
+    def execute(cls, clip_name1, clip_name2, clip_name3, clip_name4, compute=compute_input.BY_SETTING) -> io.NodeOutput:
+        return _load([clip_name1, clip_name2, clip_name3, clip_name4], "hidream", compute)

@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -42,14 +43,18 @@ def dequantize(
     return out
 
 
-def decode_into(block_format: type[BlockFormat], blocks: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the values of packed `blocks` to the contiguous `out`; whoever calls has found that the two fit."""
+def decode_into(block_format: type[BlockFormat], blocks: torch.Tensor, out: torch.Tensor) -> Callable[[], None] | None:
+    """Write the values of packed `blocks` to the contiguous `out`; whoever calls has found that the two fit.
+
+    Where a kernel did it, what does it again with little work of the CPU, for as long as both lie where they are.
+    """
     if blocks.numel() and has_kernel(block_format, blocks.device):
-        return launch.decode_into(block_format.__name__, blocks, out)
+        return launch.decode_into(blocks, block_format.__name__, out)
     values, blocks = out.view(-1, block_format.block_size), blocks.reshape(-1, block_format.block_bytes)
     blocks_per_pass = VALUES_PER_PASS.get(blocks.device.type, sys.maxsize) // block_format.block_size
     for some_blocks, some_values in zip(blocks.split(blocks_per_pass), values.split(blocks_per_pass), strict=True):
         block_format.decode_into(some_blocks, some_values)
+    return None
 
 
 @cache
@@ -69,7 +74,7 @@ def why_not_on(device: torch.device) -> str | None:
     blocks, out = torch.zeros(34, dtype=torch.uint8, device=device), torch.empty(32, device=device)
     try:
         for _ in range(2):  # the second launch takes the short way
-            launch.decode_into("Q8_0", blocks, out)
+            launch.decode_into(blocks, "Q8_0", out)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -3,10 +3,12 @@
 import comfy.ops
 import torch
 import torch.nn.functional as F
+from comfy_aimdo.model_vbar import vbar_fault, vbar_signature_compare, vbar_unpin
 
+from .compute import EXACT, METHODS, Chosen, choose, prepare
 from .layout import is_packed, relabel, reshape_packed
 from .lora import SidePath
-from .matmul import decode_weight, gather_rows
+from .matmul import MAX_FEW_ROWS, Workspace, decode_weight, few_rows_limit, gather_rows, linear, linear_few_rows
 
 HOST = comfy.ops.manual_cast
 
@@ -22,6 +24,7 @@ class PackedWeight:
     """
 
     side_path: SidePath | None = None
+    workspace: Workspace | None = None
     # A dtype that decoded weights are rounded to before the compute dtype; None for straight to the compute dtype.
     decode_dtype: torch.dtype | None = None
     # Parameters that the state dict lacked.
@@ -74,14 +77,15 @@ class PackedWeight:
 
     def borrow(self, x: torch.Tensor):
         """(weight, bias, token) on x's device, the weight still packed; give the token to `uncast_bias_weight`."""
-        weight, bias = self.weight, self.bias
-        is_here = weight.device == x.device and (bias is None or bias.device == x.device)
-        if is_here and not self.weight_function and not self.bias_function:
-            return weight, bias if bias is None else bias.to(x.dtype), None
+        if not self.weight_function and not self.bias_function:
+            here = self._borrow_resident(x) or self._borrow_here(x)
+            if here is not None:
+                weight, bias, token = here
+                return weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype), token
         return comfy.ops.cast_bias_weight(
             self,
             None,
-            dtype=weight.dtype,
+            dtype=self.weight.dtype,
             device=x.device,
             bias_dtype=x.dtype,
             offloadable=True,
@@ -89,12 +93,38 @@ class PackedWeight:
             want_requant=True,
         )
 
+    def _borrow_here(self, x: torch.Tensor):
+        """As `borrow` where the layer's own tensors lie on x's device, else None."""
+        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        # A packed weight is asked through its bytes: a property of a tensor subclass takes microseconds.
+        held = weight._qdata if is_packed(weight) else weight
+        if held.device == x.device and (bias is None or bias.device == x.device):
+            return weight, bias, None
+        return None
+
+    def _borrow_resident(self, x: torch.Tensor):
+        """As `borrow` where DynamicVRAM has kept the weight on the GPU since its last use, else None.
+
+        What `cast_bias_weight` does for such a weight, without its preparations for one that must be fetched.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        state = self.__dict__
+        if state.get("_v_signature") is None or "_prefetch" in state or not x.is_cuda:
+            return None
+        signature = vbar_fault(self._v)
+        if vbar_signature_compare(signature, self._v_signature):
+            return self._v_weight, self._v_bias, (None, x.device, None)
+        if signature is not None:
+            vbar_unpin(self._v)
+        return None
+
     def borrow_dense(self, x: torch.Tensor, dtype: torch.dtype):
         """As `borrow`, but the weight decoded to `dtype`, and patched unless the patches are low-rank factors."""
         weight, bias, token = self.borrow(x)
         # A host or third-party weight function has had the weight decoded already.
         if is_packed(weight):
-            weight = decode_weight(weight, self.decode_dtype or dtype)
+            weight = decode_weight(weight, self.decode_dtype or dtype, self.workspace)
         weight = weight.to(dtype)
         if self.side_path is not None and self.side_path.rewrite is not None:
             weight = self.side_path.rewrite(weight)
@@ -128,6 +158,9 @@ class GGUFOps(HOST):
     """The host's `manual_cast` namespace; norms are there to be checked, a file never packs them usefully."""
 
     class Linear(PackedWeight, HOST.Linear):
+        compute: str = "exact"  # one of compute.COMPUTE
+        chosen: Chosen | None = None  # what that came to; None until the first inputs are seen
+
         def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
             # No storage is reserved for a dense weight that never comes.
             torch.nn.Module.__init__(self)
@@ -147,6 +180,11 @@ class GGUFOps(HOST):
                 return self._load_from_state_dict(state_dict, prefix, *args)
             return super()._load_from_state_dict(state_dict, prefix, *args)
 
+        def prepare(self, device: torch.device) -> None:
+            """Choose what to compute with on `device` before the first inputs: torch.compile records no choice."""
+            if self.compute in METHODS and self.chosen is None and self.decode_dtype is None:
+                self.chosen = prepare(self.compute, self.weight.to(device))
+
         def _become_host_quantised(self):
             # A safetensors encoder beside a GGUF one may be in a format of the host's (scaled fp8): the host's affair.
             dtype = self.weight_comfy_model_dtype
@@ -154,14 +192,35 @@ class GGUFOps(HOST):
             twin = layer_class(self.in_features, self.out_features, "bias" in self.shapes, dtype=dtype)
             self.__class__, self.__dict__ = layer_class, twin.__dict__
 
+        def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            if not is_packed(weight):
+                # A host or third-party weight function has had the weight decoded.
+                return F.linear(x, weight.to(x.dtype), bias)
+            if torch.is_grad_enabled() and x.requires_grad:
+                # The other products have no backward.
+                return linear(x, weight, bias, None)
+            n_rows = x.numel() // x.shape[-1]
+            if 0 < n_rows <= MAX_FEW_ROWS and n_rows <= few_rows_limit(weight):
+                return linear_few_rows(x, weight, bias)
+            if self.compute == "exact" or x.dtype == torch.float32:
+                return linear(x, weight, bias, self.workspace)
+            if self.chosen is None and not torch.compiler.is_compiling():
+                self.chosen = choose(self.compute, weight, x, self.workspace)
+            return (self.chosen or EXACT).linear(x, weight, bias, self.workspace)
+
         def forward_comfy_cast_weights(self, input):
-            if not is_packed(self.weight):
+            if not is_packed(self._parameters["weight"]):
                 return super().forward_comfy_cast_weights(input)
-            weight, bias, token = self.borrow_dense(input, input.dtype)
-            out = F.linear(input, weight, bias)
+            side_path = self.side_path
+            if self.decode_dtype is not None or (side_path is not None and side_path.rewrite is not None):
+                weight, bias, token = self.borrow_dense(input, input.dtype)
+                out = F.linear(input, weight, bias)
+            else:
+                weight, bias, token = self.borrow(input)
+                out = self._multiply(input, weight, bias)
             comfy.ops.uncast_bias_weight(self, weight, bias, token)
-            if self.side_path is not None and self.side_path.low_rank is not None:
-                out = self.side_path.low_rank.add_to(out, input)
+            if side_path is not None and side_path.low_rank is not None:
+                out = side_path.low_rank.add_to(out, input)
             return out
 
     class Conv1d(PackedConv, HOST.Conv1d):

@@ -24,9 +24,20 @@ FOLDER_MAY_IMPORT = {
     "quantizer": {"config", "ops", "loader"},
 }
 # A new module of ops finds its place here.
-OPS_ORDER = ("formats", "kernels", "dequantize", "quantize", "layout", "matmul", "lora", "layers")
+OPS_ORDER = (
+    "formats",
+    "kernels",
+    "dequantize",
+    "quantize",
+    "eight_bits",
+    "layout",
+    "matmul",
+    "compute",
+    "lora",
+    "layers",
+)
 
-HOST = {"comfy", "comfy_api", "folder_paths", "nodes"}
+HOST = {"comfy", "comfy_aimdo", "comfy_api", "folder_paths", "nodes"}
 MEETS_HOST = {
     "ops.layers",
     "ops.lora",
@@ -38,7 +49,7 @@ MEETS_HOST = {
     "loader.residency",
     "loader.state_dict",
 }
-MEETS_KITCHEN = {"ops.layout", "ops.matmul"}
+MEETS_KITCHEN = {"ops.layout", "ops.matmul", "ops.compute"}
 
 
 def module_name(file: Path) -> str:

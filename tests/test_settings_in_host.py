@@ -20,6 +20,7 @@ SECONDS_TO_LET_GO = 20
 # In steps of 255: torch rounds a convolution of one picture otherwise than that of a batch, in the last bits.
 BY_SLICING = 1
 UNLOADING = re.compile(r"GGUF Native: unloading (\w+) \((.+)\): (.+)\.")
+COMPUTE = re.compile(r"GGUF Native: some layers compute exactly instead of in (\w+), which is slower: (.+)\.")
 DECODING = "GGUF Native: decoding 2 latent(s) one at a time (vae_slicing)."
 # Loaded models as the log names them.
 TEXT, FLUX = ("FluxClipModel_", "text encoder"), ("Flux", "diffusion model")
@@ -126,6 +127,14 @@ def test_a_streamed_file_is_mapped_while_its_model_is_there(plain, samples, plai
     plain.run(flux(samples, "a wolf"))
     assert mapped(plain)
     assert lets_go(plain)
+
+
+def test_compute_without_a_gpu_is_exact_and_says_so_once(plain, samples, plain_pictures):
+    graph = flux(samples)
+    for loader in ("model", "clip"):
+        graph[loader]["inputs"]["compute"] = "fp8"
+    assert difference(pictures(plain, graph), plain_pictures) == 0
+    assert COMPUTE.findall(plain.log()) == [("fp8", "it needs an NVIDIA GPU")]
 
 
 def test_one_at_a_time_and_nothing_mapped(comfyui, samples, tmp_path, plain_pictures):

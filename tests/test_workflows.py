@@ -216,7 +216,9 @@ def test_a_page_of_the_incumbent_is_the_same_workflow(exact, incumbent):
 
 @pytest.mark.parametrize("name", INCUMBENT)
 def test_inputs_are_those_of_the_incumbent(exact, name):
-    assert list(exact.object_info()[name]["input"]["required"]) == INCUMBENT[name]
+    inputs = exact.object_info()[name]["input"]
+    assert list(inputs["required"]) == INCUMBENT[name]
+    assert list(inputs["optional"]) == ["compute"]
 
 
 def test_three_encoders_of_both_kinds_in_any_order(exact, samples, sd3_encoders):

@@ -1,4 +1,7 @@
-"""Launches a decoder over all blocks of a tensor."""
+"""Launches that cost the CPU little, and the decoder of a whole tensor."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -7,6 +10,55 @@ import triton.language as tl
 from ..formats import FORMATS
 from ..formats.codebooks import codebook
 from . import KERNELS
+
+# Launches by everything that decides them but the tensors: Triton's own look-up takes longer than many a kernel.
+BOUND: dict[tuple, Callable] = {}
+
+
+def bind(key: tuple, kernel, n_programs: int, tensors: tuple, rest: tuple, n_warps: int, **options) -> None:
+    """Run kernel[n_programs](*tensors, *rest), and keep it as BOUND[key](*addresses of such tensors).
+
+    `key` must tell apart whatever Triton specialises on: dtypes, alignment to 16 bytes, numbers, and the device.
+    """
+    compiled = kernel[(n_programs,)](*tensors, *rest, num_warps=n_warps, **options)
+    if compiled is not None:  # Triton's interpreter compiles nothing
+        run = compiled[(n_programs, 1, 1)]
+        # Of a tensor Triton asks the driver where it lies; an address it takes as it is.
+        BOUND[key] = lambda *addresses: run(*addresses, *rest)
+
+
+def alignment(*addresses: int) -> int:
+    """A bit for each address that is not a multiple of 16."""
+    bits = 0
+    for address in addresses:
+        bits = 2 * bits + (address % 16 != 0)
+    return bits
+
+
+def on_its_device(run: Callable) -> Callable:
+    """`run(tensor, ...)` with the tensor's GPU as the current one, which Triton launches on, and the tensor readable.
+
+    That is contiguous at an even address: kernels read fields of blocks as 16-bit words. What `run` returns is dropped
+    where the tensor was copied or lies on another GPU.
+    """
+
+    def launched(tensor: torch.Tensor, *arguments):
+        if not tensor.is_contiguous() or tensor.data_ptr() % 2:
+            launched(tensor.clone(memory_format=torch.contiguous_format), *arguments)
+            return None
+        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return run(tensor, *arguments)
+        with torch.cuda.device(tensor.device):
+            run(tensor, *arguments)
+        return None
+
+    return launched
+
+
+def table_of(blocks: torch.Tensor, name: str) -> torch.Tensor:
+    """The codebook of a format on the device of the blocks, or something in its place."""
+    codebook_name = KERNELS[name].codebook
+    return codebook(codebook_name, blocks.device) if codebook_name else blocks
 
 
 @triton.jit
@@ -30,39 +82,21 @@ def decode_kernel(
     tl.store(out + first * (ROWS * VALUES) + i, values.to(out.dtype.element_ty), mask=b < n_here)
 
 
-# Compiled decoders by everything that Triton specialises on: its own look-up takes longer than many a decode.
-COMPILED: dict[tuple, object] = {}
-
-
-def decode_into(name: str, blocks: torch.Tensor, out: torch.Tensor) -> None:
+@on_its_device
+def decode_into(blocks: torch.Tensor, name: str, out: torch.Tensor) -> Callable[[], None] | None:
     """The kernel's twin of `BlockFormat.decode_into`: uint8 [..., n * block_bytes] -> out, contiguous, n * block_size.
 
-    Blocks that do not lie contiguously at an even address are copied first: fields are read as 16-bit words.
+    Returns what does the same again, for as long as both tensors lie where they are; None in Triton's interpreter.
     """
-    if blocks.is_cuda and blocks.device.index != torch.cuda.current_device():
-        with torch.cuda.device(blocks.device):
-            return decode_into(name, blocks, out)
-    if not blocks.is_contiguous() or blocks.data_ptr() % 2:
-        blocks = blocks.clone(memory_format=torch.contiguous_format)
-    kernel, block_format = KERNELS[name], FORMATS[name]
-    table = codebook(kernel.codebook, blocks.device) if kernel.codebook else blocks
-    n_blocks = blocks.numel() // block_format.block_bytes
-    blocks_per_program = max(1, kernel.values_per_program // block_format.block_size)
-    n_programs = triton.cdiv(n_blocks, blocks_per_program)
-    arguments = (
-        blocks,
-        out,
-        table,
-        n_blocks,
-        kernel.decode,
-        block_format.block_bytes,
-        kernel.rows,
-        kernel.values,
-        blocks_per_program,
-    )
-    divides = blocks.data_ptr() % 16 == 0, out.data_ptr() % 16 == 0, n_blocks % 16 == 0
-    key = (name, kernel, out.dtype, blocks.device, divides, n_blocks == 1, n_blocks < 2**31)
-    if (compiled := COMPILED.get(key)) is None:
-        COMPILED[key] = decode_kernel[(n_programs,)](*arguments, num_warps=kernel.n_warps)
+    table = table_of(blocks, name)
+    addresses = blocks.data_ptr(), out.data_ptr(), table.data_ptr()
+    key = ("decode", name, out.dtype, blocks.numel(), blocks.get_device(), alignment(*addresses))
+    if (bound := BOUND.get(key)) is not None:
+        bound(*addresses)
     else:
-        compiled[(n_programs, 1, 1)](*arguments)
+        kernel, block_format = KERNELS[name], FORMATS[name]
+        n_blocks = blocks.numel() // block_format.block_bytes
+        per_program = max(1, kernel.values_per_program // block_format.block_size)
+        rest = (n_blocks, kernel.decode, block_format.block_bytes, kernel.rows, kernel.values, per_program)
+        bind(key, decode_kernel, triton.cdiv(n_blocks, per_program), (blocks, out, table), rest, kernel.n_warps)
+    return partial(BOUND[key], *addresses) if key in BOUND else None

@@ -28,7 +28,7 @@ def by_kernel(name: str, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     block_size = FORMATS[name].block_size
     out = torch.full((len(blocks) + 1, block_size), float("nan"), dtype=dtype, device=DEVICE)
     out[-1] = 12345
-    launch.decode_into(name, blocks, out[:-1])
+    launch.decode_into(blocks, name, out[:-1])
     assert (out[-1] == torch.tensor(12345, dtype=dtype)).all()
     return out[:-1]
 

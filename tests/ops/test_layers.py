@@ -9,11 +9,13 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 
 import comfy.model_management
 import comfy.ops
+from gguf_native.ops.compute import METHODS, Chosen
 from gguf_native.ops.dequantize import dequantize
+from gguf_native.ops.eight_bits import row_scales
 from gguf_native.ops.formats import FORMATS
 from gguf_native.ops.layers import GGUFOps, WeightShapeError
 from gguf_native.ops.layout import is_packed, pack
-from gguf_native.ops.matmul import dequantize_op, dequantize_rows_op
+from gguf_native.ops.matmul import Workspace, dequantize_op, dequantize_rows_op
 
 HOST = comfy.ops.manual_cast
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -249,6 +251,57 @@ def test_compiled_without_a_break_for_any_size(name):
         for x in inputs:
             assert torch.equal(compiled(x), ours(x))
         assert counter.frame_count == 1
+
+
+def eight_bit_layer(is_prepared: bool, device: str = "cpu") -> GGUFOps.Linear:
+    """A layer for int8; prepared as on a GPU, or not at all."""
+    ours, _ = pair("Linear", (512, 32), {}, "Q4_K")
+    ours.to(device, torch.bfloat16)
+    ours.compute, ours.workspace = "int8", Workspace()
+    if is_prepared:
+        ours.chosen = Chosen(METHODS["int8"], row_scales(FORMATS["Q4_K"], ours.weight._qdata, torch.int8))
+    return ours
+
+
+def compiled_whole(layer: GGUFOps.Linear):
+    torch._dynamo.reset()
+    return torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_compiled_layer_in_eight_bits_makes_no_choice_of_its_own(is_prepared):
+    """Where nothing was chosen before, it is exact."""
+    with torch.no_grad():
+        ours = eight_bit_layer(is_prepared)
+        layer = compiled_whole(ours)
+        inputs = [torch.randn(n, 512, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (17, 20, 33)]
+        answers = [layer(x) for x in inputs]
+        assert (ours.chosen is not None) == is_prepared
+        ours.compute = "int8" if is_prepared else "exact"
+        for x, answer in zip(inputs, answers, strict=True):
+            assert same(answer, ours(x))
+        ours.compute = "exact"
+        assert torch.equal(answers[0], ours(inputs[0])) != is_prepared
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("n_rows", [2, 33])
+def test_compiled_on_a_gpu_without_a_break(n_rows):
+    """Few rows have a product of their own, which torch.compile must not look into."""
+    with torch.no_grad():
+        ours = eight_bit_layer(True, "cuda")
+        x = torch.randn(n_rows, 512, device="cuda").bfloat16()
+        answer = compiled_whole(ours)(x)
+        torch.testing.assert_close(answer, ours(x))
+
+
+def test_gradients_are_those_of_the_exact_product():
+    with torch.inference_mode(False), torch.enable_grad():
+        ours = eight_bit_layer(True)
+        x = torch.randn(20, 512).bfloat16().requires_grad_()
+        (gradient,) = torch.autograd.grad(ours(x).sum(), x)
+        expected = decoded(ours.weight, torch.bfloat16).sum(0).expand(20, -1)
+    assert (gradient - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,59 @@
+"""Draws docs/flux.svg and docs/kernels.svg from the results in this folder. Needs matplotlib.
+
+python benchmarks/plot.py
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
+# Files that do not change with the day.
+matplotlib.rcParams["svg.hashsalt"] = "gguf_native"
+METADATA = {"Date": None}
+COMPUTES = {"exact": "tab:blue", "fp8": "tab:orange", "auto": "tab:green"}
+
+
+def flux() -> None:
+    """Seconds per step over those of ComfyUI's bfloat16 run with all weights on the GPU."""
+    rows = json.loads((RESULTS / "flux.json").read_text())["rows"].values()
+    runs = list(dict.fromkeys((row["run"], row["resolution"]) for row in rows))
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(runs) + 1))
+    for place, (compute, colour) in enumerate(COMPUTES.items()):
+        ratios = {(row["run"], row["resolution"]): row["ratio"] for row in rows if row["compute"] == compute}
+        heights = [(i + 0.25 * (place - 1), ratios[run]) for i, run in enumerate(runs) if run in ratios]
+        bars = axes.barh([at for at, _ in heights], [ratio for _, ratio in heights], 0.25, color=colour, label=compute)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(runs)), [f"{run}, {size}x{size}" for run, size in runs], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a step / that of ComfyUI's bfloat16 with all weights on the GPU (less is better)")
+    axes.legend(loc="lower right", fontsize=8)
+    save(figure, "flux.svg")
+
+
+def kernels() -> None:
+    """Fraction of copy bandwidth of the decode kernels."""
+    results = json.loads((RESULTS / "kernels.json").read_text())
+    fractions = {row["type"]: row["fraction_of_copy"] for row in results["decode"]}
+    figure, axes = plt.subplots(figsize=(9, 2.6))
+    axes.bar(fractions.keys(), [100 * fraction for fraction in fractions.values()], color="tab:blue")
+    axes.set_ylabel("% of copy bandwidth")
+    axes.set_ylim(0, 100)
+    axes.tick_params(axis="x", labelrotation=60, labelsize=8)
+    save(figure, "kernels.svg")
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(DOCS / name, metadata=METADATA)
+
+
+if __name__ == "__main__":
+    flux()
+    kernels()
