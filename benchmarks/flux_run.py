@@ -1,6 +1,6 @@
 """Timed Flux runs inside the real ComfyUI engine, in one process; prints one JSON line each after RESULT.
 
-    python benchmarks/flux_run.py COMFYUI FILE [--compute native exact fp8 ...] [--resolution 1024 512 ...] [--steps 8]
+    python benchmarks/flux_run.py COMFYUI FILE [--compute native exact fp8 ...] [--resolution 1024 512 ...] [--steps 7]
                                   [--cap GB] [--loras N] [--rank 16] [--compile] [--latents FOLDER]
                                   [arguments for ComfyUI]
 
@@ -36,7 +36,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("file")
     parser.add_argument("--compute", nargs="+", default=["native", "exact"])
     parser.add_argument("--resolution", type=int, nargs="+", default=[1024])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--cap", type=float)
     parser.add_argument("--loras", type=int, default=0)
     parser.add_argument("--rank", type=int, default=16)

@@ -4,7 +4,7 @@
 
 decode: blocks to bfloat16; bit for bit against the eager twin, timed against it and, if installed, diffusers' decoder.
 eight_bits: blocks to float8 and int8 with a scale per row, against the eager twin.
-few_rows: the fused product for 1 to 16 rows, against decoding and cuBLAS, with errors against float64.
+few_rows: the fused product for 1 to 8 rows, against decoding and cuBLAS, with errors against float64.
 overlap: whether decoding the next layer on a side stream, during this one's product, would be faster.
 errors: what fp8 and int8 add to the exact product's error, for four kinds of inputs.
 Bytes are blocks read plus values written. Adds to results/kernels.json, from which `plot.py` draws docs/kernels.svg.
@@ -38,7 +38,7 @@ RESULTS = HERE / "results" / "kernels.json"
 # Sides of Flux' matrices: an attention's, an MLP's, a modulation's, and the largest.
 SHAPES = ((3072, 12288), (21504, 3072))
 MODULATION = (18432, 3072)
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 4, 8)
 # Enough copies of a tensor that none is in the cache when its turn comes again.
 ROTATION = 6
 LAUNCHES = [(values, warps) for values in (512, 1024, 2048, 4096, 8192) for warps in (1, 2, 4, 8)]

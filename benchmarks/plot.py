@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).resolve().parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 # Files that do not change with the day.
-matplotlib.rcParams["svg.hashsalt"] = "gguf_native"
+matplotlib.rcParams |= {"svg.hashsalt": "gguf_native", "svg.fonttype": "none"}
 METADATA = {"Date": None}
 COMPUTES = {"exact": "tab:blue", "fp8": "tab:orange", "auto": "tab:green"}
 

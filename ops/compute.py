@@ -81,8 +81,8 @@ class Chosen(NamedTuple):
         return self if self.scales is None else self._replace(scales=RowScales(*(s.to(device) for s in self.scales)))
 
     def linear(self, x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, workspace: Workspace | None):
-        """x [..., n_columns] W^T + bias -> [..., n_rows], of the dtype of x."""
-        if self.method is None or x.numel() < self.min_rows * x.shape[-1]:
+        """x [..., n_columns] W^T + bias -> [..., n_rows], of the dtype of x, which should have min_rows rows."""
+        if self.method is None:
             return linear(x, weight, bias, workspace)
         blocks, type_name = weight._qdata, weight._params.type
         if torch.compiler.is_compiling():

@@ -206,7 +206,10 @@ class GGUFOps(HOST):
                 return linear(x, weight, bias, self.workspace)
             if self.chosen is None and not torch.compiler.is_compiling():
                 self.chosen = choose(self.compute, weight, x, self.workspace)
-            return (self.chosen or EXACT).linear(x, weight, bias, self.workspace)
+            chosen = self.chosen or EXACT
+            if n_rows < chosen.min_rows:
+                return linear(x, weight, bias, self.workspace)
+            return chosen.linear(x, weight, bias, self.workspace)
 
         def forward_comfy_cast_weights(self, input):
             if not is_packed(self._parameters["weight"]):

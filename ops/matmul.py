@@ -154,8 +154,8 @@ def linear(
     return F.linear(x, decode_weight(weight, x.dtype, workspace), bias)
 
 
-# With more rows of inputs, decoding is cheap beside the product.
-MAX_FEW_ROWS = 16
+# With more rows of inputs than this, no type's fused product is the fastest.
+MAX_FEW_ROWS = 8
 
 
 def few_rows_limit(weight: QuantizedTensor) -> int:
@@ -175,7 +175,7 @@ def _few_rows_limit(type: str, device: torch.device) -> int:
 @cache
 def _known_few_rows_limit(type: str, device: torch.device) -> int:
     has_one = has_kernel(FORMATS[type], device) and type in few_rows.FEW_ROWS
-    return few_rows.MAX_ROWS if has_one else 0
+    return few_rows.FEW_ROWS[type].max_rows if has_one else 0
 
 
 def linear_few_rows(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:

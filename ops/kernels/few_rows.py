@@ -1,17 +1,17 @@
 """Linear layers of few inputs, in one pass over the blocks: the decoded matrix is never written.
 
-A field q of a block becomes a float without a conversion: or-ed into the mantissa of a power of two, "one", whose last
-place counts 1, it is one + q exactly, two values to a 32-bit word. Tensor cores multiply that by the inputs as they
-are, each sub-block for itself, with the sums in float32; the scale of a sub-block then multiplies its sums. What the
-fields are too large by is a product of the inputs with a constant matrix.
+A field of a block becomes a float without a conversion: its bits, masked and left where they are, are those of a
+denormal float32, field * 2^(position - 149), exactly, as long as they lie among the lowest 24. The inputs are taken
+times 2^(96 - position), so that the products are of a usual size; the sums have a factor of 2^-53, taken away at the
+end. Zero points and minima multiply sums of inputs, which all outputs share.
 
-A type's function is read beside its decoder in `legacy.py`, `k_quants.py` and `i_quants.py`. j counts the groups of a
-block, bytes side by side whose fields share scales. `at` is the address of the block as one of 16-bit words, [groups,
-outputs, 1]; x that of its first input, [groups, 1, rows]; `valid` says which blocks there are, if not all. `numbers`
-and `shift` are what `numbers_of` gives. The products are added to `sums`, float32 [groups, outputs, rows].
+A type's function is read beside its decoder in `legacy.py`, `k_quants.py` and `i_quants.py`. A block is taken in
+pieces, one for each lane of a warp. `at` is the address of the block as one of 16-bit words, [lanes, outputs, 1];
+`piece` the number of the piece, [lanes, 1, 1]; x the address of the block's first input, [lanes, 1, rows]; `valid`
+says which blocks there are, if not all; `table` is the codebook, as four words. A function gives the products,
+float32 [lanes, outputs, rows], times 2^-53.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -20,32 +20,26 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from ..formats import FORMATS
-from ..formats.codebooks import VALUES_OF_CODE
 from .launch import BOUND, alignment, bind, on_its_device
 
 MAX_ROWS = 16
-# Products with fewer columns than this come out wrong on a GPU.
-PADDED_ROWS = 2
+ROWS_AT_ONCE = 4
+
+RAISED = tl.constexpr(2.0**96)
+LOWERED = tl.constexpr(2.0**-53)  # 2^(96 - 149)
+RESTORED = tl.constexpr(2.0**53)
+MAGIC = tl.constexpr(0x4B000000)  # 2^23, a float whose last place counts 1
+# The values of IQ4_NL's codebook plus 128, as the bytes of four words.
+IQ4_WORDS = (1059919873, 1986682191, -1499886207, -237386315)
 
 
 @triton.jit
-def words_of(at, n: tl.constexpr):
-    """n words from each address on, their two bytes apart in the halves of an int32."""
-    word = tl.load(at + tl.arange(0, n)[None, None, :]).to(tl.int32)
-    return (word | (word << 8)) & 0x00FF00FF
-
-
-INTERPRETED = tl.constexpr(not isinstance(words_of, triton.JITFunction))
+def u16(at):
+    return tl.load(at).to(tl.int32)
 
 
 @triton.jit
-def long_words_of(at, n: tl.constexpr):
-    """n words of 32 bits from each address on, which is a multiple of four."""
-    return tl.load(at.to(tl.pointer_type(tl.int32)) + tl.arange(0, n)[None, None, :])
-
-
-@triton.jit
-def byte(at, offset):
+def u8(at, offset):
     return tl.load(at.to(tl.pointer_type(tl.uint8)) + offset).to(tl.int32)
 
 
@@ -55,199 +49,225 @@ def half(at):
     return tl.load(at).to(tl.float16, bitcast=True).to(tl.float32)
 
 
+INTERPRETED = tl.constexpr(not isinstance(half, triton.JITFunction))
+
+
 @triton.jit
-def inputs_at(at, valid):
+def u32_halves(at):
+    return u16(at) | (u16(at + 1) << 16)
+
+
+@triton.jit
+def u32(at):
+    """A word at addresses that are multiples of four."""
+    return tl.load(at.to(tl.pointer_type(tl.int32)))
+
+
+@triton.jit
+def two(at, valid):
+    """Two elements side by side from each address on."""
+    at = at[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
     if valid is None:
-        return tl.load(at)
+        return tl.split(tl.load(at))
     else:
-        return tl.load(at, mask=valid, other=0)
+        return tl.split(tl.load(at, mask=valid[:, :, :, None], other=0))
 
 
 @triton.jit
-def inputs(x, k, valid, n: tl.constexpr):
-    """n inputs of each row from number k of the block on: [groups, n, inputs]."""
-    return inputs_at(x + (k + tl.arange(0, n)[None, :, None]), valid)
+def four(at, valid):
+    at = at[:, :, :, None] + tl.arange(0, 4)[None, None, None, :]
+    elements = tl.load(at) if valid is None else tl.load(at, mask=valid[:, :, :, None], other=0)
+    even, odd = tl.split(tl.reshape(elements, (at.shape[0], at.shape[1], at.shape[2], 2, 2)))
+    e0, e2 = tl.split(even)
+    e1, e3 = tl.split(odd)
+    return e0, e1, e2, e3
 
 
 @triton.jit
-def even_and_odd(x):
-    """The inputs of bytes 0 and 2 of words of 32 bits, and those of bytes 1 and 3: [groups, n / 2, inputs] each."""
-    pairs = tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2, x.shape[2]))
-    return tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+def as_float(bits):
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def dot(weight, x, sums):
-    """weight @ x + sums. float32 inputs are taken as two bfloat16, which leaves out 2^-17 of them."""
-    if INTERPRETED:  # it cannot multiply matrices of bfloat16
-        return tl.dot(weight.to(tl.float32), x.to(tl.float32), sums)
-    elif x.dtype == tl.float32:
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(weight, low, tl.dot(weight, high, sums))
+def halves(ds):
+    """Two float16 of a word, as float32."""
+    low, high = ds.to(tl.int16), (ds >> 16).to(tl.int16)
+    return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def inputs(x, k, valid):
+    """Four inputs of each row from number k of the block on, k a multiple of four."""
+    if x.dtype.element_ty == tl.float32:
+        return four(x + k, valid)
     else:
-        return tl.dot(weight, x, sums)
+        low, high = two(x.to(tl.pointer_type(tl.int32)) + k // 2, valid)
+        if x.dtype.element_ty == tl.bfloat16:
+            return as_float(low << 16), as_float(low & -65536), as_float(high << 16), as_float(high & -65536)
+        else:
+            return halves(low) + halves(high)
 
 
 @triton.jit
-def as_weight(pairs, x):
-    """The halves of int32 as floats side by side, of the dtype that multiplies x."""
-    dtype: tl.constexpr = tl.float16 if x.dtype == tl.float16 else tl.bfloat16
-    low = pairs.to(tl.int16).to(dtype, bitcast=True)
-    high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return tl.reshape(tl.join(low, high), (pairs.shape[0], pairs.shape[1], 2 * pairs.shape[2]))
+def sum_of(x):
+    return (x[0] + x[1]) + (x[2] + x[3])
 
 
 @triton.jit
-def plus_one(q, x, one):
-    """one + q, for fields q below 128. `one` is not known at compile time: else it takes an instruction of its own."""
-    return as_weight(q | one, x)
+def products(word, top, mask: tl.constexpr, position: tl.constexpr, x, sums):
+    """sums + fields * x, for the fields of the four bytes of a word; top is the highest byte, shifted to the lowest."""
+    unit: tl.constexpr = RAISED / 2**position
+    sums += as_float(word & mask) * (x[0] * unit)
+    sums += as_float(word & (mask << 8)) * (x[1] * (unit / 2**8))
+    sums += as_float(word & (mask << 16)) * (x[2] * (unit / 2**16))
+    return sums + as_float(top & mask) * (x[3] * unit)
 
 
 @triton.jit
-def sixteen(x, one):
-    """16 * one."""
-    return one + (0x10001000 if x.dtype == tl.float16 else 0x02000200)
+def number(bits, mask: tl.constexpr, zero: tl.constexpr):
+    """field - zero, exactly, of a field among the lowest 23 bits; in units of where it lies."""
+    return as_float((bits & mask) | MAGIC) - (8388608.0 + zero)
 
 
 @triton.jit
-def sums_of(x, OUTPUTS: tl.constexpr, of_bfloat16: tl.constexpr, of_float16: tl.constexpr):
-    """The sum of the inputs times a number for all outputs: by the tensor cores, which puts it where it is needed."""
-    if x.dtype == tl.float16:
-        factors = tl.full((x.shape[0], OUTPUTS, x.shape[1]), of_float16, tl.float16)
-    else:
-        factors = tl.full((x.shape[0], OUTPUTS, x.shape[1]), of_bfloat16, tl.bfloat16)
-    return dot(factors, x, tl.zeros((x.shape[0], OUTPUTS, x.shape[2]), tl.float32))
+def q4_0(at, piece, x, valid, table, PIECES: tl.constexpr):
+    words: tl.constexpr = 4 // PIECES
+    sums = 0.0
+    for word in tl.static_range(words):
+        i = words * piece + word
+        qs = u32_halves(at + 1 + 2 * i)
+        low, high = inputs(x, 4 * i, valid), inputs(x, 4 * i + 16, valid)
+        sums += (sum_of(low) + sum_of(high)) * (-8 * LOWERED)
+        top = qs >> 24
+        sums = products(qs, top, 0xF0, 4, high, products(qs, top, 0x0F, 0, low, sums))
+    return half(at) * sums
 
 
 @triton.jit
-def less(zero: tl.constexpr, q, x, one):
-    """The products with q - zero."""
-    return dot(plus_one(q, x, one), x, sums_of(x, q.shape[1], -128 - zero, -1024 - zero))
+def q8_0(at, piece, x, valid, table, PIECES: tl.constexpr):
+    words: tl.constexpr = 8 // PIECES
+    too_much, x_words = 0.0, ()
+    for word in tl.static_range(words):
+        x_word = inputs(x, 4 * (words * piece + word), valid)
+        too_much += sum_of(x_word) * (128 * LOWERED)
+        x_words = x_words + (x_word,)  # noqa: RUF005 (Triton unpacks no tuples)
+    sums = -too_much
+    for word in tl.static_range(words):
+        qs = u32_halves(at + 1 + 2 * (words * piece + word)) ^ -0x7F7F7F80
+        sums = products(qs, qs >> 24, 255, 0, x_words[word], sums)
+    return half(at) * sums
 
 
 @triton.jit
-def products(q, x, one):
-    """The products with one + q."""
-    return dot(plus_one(q, x, one), x, tl.zeros((q.shape[0], q.shape[1], x.shape[2]), tl.float32))
+def q2_k(at, piece, x, valid, table, PIECES: tl.constexpr):
+    n, side, k = piece // 8, piece % 8 // 4, 128 * (piece // 8) + 4 * (piece % 8)
+    qs = u32(at + 8 + 2 * piece)
+    top = qs >> 24
+    of_fields, of_sums = 0.0, 0.0
+    for pair in tl.static_range(2):
+        scales = u32(at + 4 * n + 2 * pair) >> (8 * side)
+        for odd in tl.static_range(2):
+            x_field = inputs(x, k + 64 * pair + 32 * odd, valid)
+            scale_min = scales >> (16 * odd)
+            sums = products(qs, top, 3 * 4 ** (2 * pair + odd), 4 * pair + 2 * odd, x_field, 0.0)
+            of_fields += number(scale_min, 15, 0) * sums
+            of_sums += number(scale_min >> 4, 15, 0) * (sum_of(x_field) * LOWERED)
+    d, dmin = halves(u32(at + 40))
+    return d * of_fields - dmin * of_sums
 
 
 @triton.jit
-def products_of_two(q_even, q_odd, x, one_even, one_odd):
-    """The same of fields from bytes 0 and 2 of words of 32 bits, and of those from bytes 1 and 3."""
-    x_even, x_odd = even_and_odd(x)
-    return dot(plus_one(q_odd, x_odd, one_odd), x_odd, products(q_even, x_even, one_even))
+def q3_k(at, piece, x, valid, table, PIECES: tl.constexpr):
+    n, side, k = piece // 8, piece % 8 // 4, 128 * (piece // 8) + 4 * (piece % 8)
+    qs = u32_halves(at + 16 + 2 * piece)
+    hmask = u32_halves(at + 2 * (piece % 8)) >> (4 * n)
+    result = 0.0
+    high_scales = u32_halves(at + 52) >> (8 * side + 4 * n)
+    for pair in tl.static_range(2):
+        low_scales = u32_halves(at + 48 + 2 * pair) >> (8 * side + 4 * n)
+        scales = (low_scales & 0x000F000F) | (((high_scales << 4) >> (2 * pair)) & 0x00300030)
+        for odd in tl.static_range(2):
+            x_field = inputs(x, k + 64 * pair + 32 * odd, valid)
+            q = ((qs >> (4 * pair + 2 * odd)) & 0x03030303) | (((hmask << 2) >> (2 * pair + odd)) & 0x04040404)
+            sums = products(q, q >> 24, 7, 0, x_field, sum_of(x_field) * (-4 * LOWERED))
+            result += number(scales >> (16 * odd), 63, 32) * sums
+    return half(at + 54) * result
 
 
 @triton.jit
-def scaled_less_minimum(sums, scale, minimum, of_fields, x):
-    """sums and the products with scale * q - minimum, of those with one + q."""
-    too_much = (1024 if x.dtype == tl.float16 else 128) * scale + minimum
-    return sums + scale * of_fields - too_much * sums_of(x, of_fields.shape[1], 1, 1)
+def six_bit_scales_and_mins(first, second, third, g):
+    """The scales of sub-blocks 2 g and 2 g + 1 in the lowest two bytes, and their minima."""
+    scales = tl.where(g < 2, first, (third & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)) >> (16 * (g % 2))
+    minima = tl.where(g < 2, second, ((third >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030)) >> (16 * (g % 2))
+    return scales, minima
 
 
 @triton.jit
-def q4_0(at, j, x, valid, numbers, shift, sums):
-    one = numbers[0]
-    qs = words_of(at + 1, 8)
-    low = less(8, qs & 0x000F000F, inputs(x, 0, valid, 16), one)
-    high = less(8, (qs >> 4) & 0x000F000F, inputs(x, 16, valid, 16), one)
-    return sums + half(at) * (low + high)
+def scaled_less_minima(header, g, low, high, x_low, x_high):
+    """The products of two sub-blocks, of those with their fields and of the sums of inputs. `high` is times 2^-8."""
+    ds, first, second, third = header
+    scales, minima = six_bit_scales_and_mins(first, second, third, g)
+    x_low, x_high = x_low * LOWERED, x_high * (LOWERED / 256)
+    of_fields = number(scales, 63, 0) * low + number(scales, 63 << 8, 0) * high
+    of_sums = number(minima, 63, 0) * x_low + number(minima, 63 << 8, 0) * x_high
+    d, dmin = halves(ds)
+    return d * of_fields - dmin * of_sums
 
 
 @triton.jit
-def q8_0(at, j, x, valid, numbers, shift, sums):
-    one = numbers[0]
-    q = words_of(at + 1, 16) ^ 0x00800080  # q + 128, which is two nibbles
-    x = inputs(x, 0, valid, 32)
-    low = dot(plus_one(q & 0x000F000F, x, one), x, sums_of(x, q.shape[1], -17 * 128 - 128, -17 * 1024 - 128))
-    return sums + half(at) * dot(plus_one((q >> 4) & 0x000F000F, x, sixteen(x, one)), x, low)
+def q4_k(at, piece, x, valid, table, PIECES: tl.constexpr):
+    g, k = piece // 2, 64 * (piece // 2) + 16 * (piece % 2)
+    long = at.to(tl.pointer_type(tl.int32))
+    header = four(long, None)
+    qs = four(long + 4 + 4 * piece, None)
+    low, high, x_low, x_high = 0.0, 0.0, 0.0, 0.0
+    for w in tl.static_range(4):
+        x0, x1 = inputs(x, k + 4 * w, valid), inputs(x, k + 32 + 4 * w, valid)
+        top = qs[w] >> 24
+        low, high = products(qs[w], top, 0x0F, 0, x0, low), products(qs[w], top, 0xF0, 12, x1, high)
+        x_low, x_high = x_low + sum_of(x0), x_high + sum_of(x1)
+    return scaled_less_minima(header, g, low, high, x_low, x_high)
 
 
 @triton.jit
-def q2_k(at, j, x, valid, numbers, shift, sums):
-    one = numbers[0]
-    qs = words_of(at + 8 + 8 * j, 8)
-    d, dmin = half(at + 40), half(at + 41)
-    n, side = j // 2, j % 2
+def q5_k(at, piece, x, valid, table, PIECES: tl.constexpr):
+    g, k = piece // 2, 64 * (piece // 2) + 16 * (piece % 2)
+    long = at.to(tl.pointer_type(tl.int32))
+    header = four(long, None)
+    qs, qh = four(long + 12 + 4 * piece, None), four(long + 4 + 4 * (piece % 2), None)
+    low, high, x_low, x_high = 0.0, 0.0, 0.0, 0.0
+    for w in tl.static_range(4):
+        x0, x1 = inputs(x, k + 4 * w, valid), inputs(x, k + 32 + 4 * w, valid)
+        bits = qh[w] >> (2 * g)
+        q0 = (qs[w] & 0x0F0F0F0F) | ((bits << 4) & 0x10101010)
+        q1 = ((qs[w] >> 4) & 0x0F0F0F0F) | ((bits << 3) & 0x10101010)
+        low, high = products(q0, q0 >> 24, 31, 0, x0, low), products(q1, q1 >> 24, 31, 8, x1, high)
+        x_low, x_high = x_low + sum_of(x0), x_high + sum_of(x1)
+    return scaled_less_minima(header, g, low, high, x_low, x_high)
+
+
+@triton.jit
+def q6_k(at, piece, x, valid, table, PIECES: tl.constexpr):
+    words: tl.constexpr = 16 // PIECES
+    n, i = piece // (PIECES // 2), piece % (PIECES // 2) * words
+    at_ql, at_qh = at + 32 * n + 2 * i, at + 64 + 16 * n + 2 * i
+    of_field = (0.0, 0.0, 0.0, 0.0)
+    for word in tl.static_range(words):
+        ql = (u32_halves(at_ql + 2 * word), u32_halves(at_ql + 16 + 2 * word))
+        qh = u32_halves(at_qh + 2 * word)
+        high = (qh << 4, qh << 2, qh, qh >> 2)
+        sums = ()
+        for field in tl.static_range(4):
+            q = ((ql[field % 2] >> (4 * (field // 2))) & 0x0F0F0F0F) | (high[field] & 0x30303030)
+            x_field = inputs(x, 128 * n + 4 * i + 32 * field + 4 * word, valid)
+            of_word = of_field[field] + sum_of(x_field) * (-32 * LOWERED)
+            sums = sums + (products(q, q >> 24, 63, 0, x_field, of_word),)  # noqa: RUF005
+        of_field = sums
+    result = 0.0
     for field in tl.static_range(4):
-        scale_min = byte(at, 8 * n + 2 * field + side)
-        scale, minimum = d * (scale_min & 15).to(tl.float32), dmin * (scale_min >> 4).to(tl.float32)
-        q = (qs >> (2 * field)) & 0x00030003
-        x_field = inputs(x, 128 * n + 32 * field + 16 * side, valid, 16)
-        sums = scaled_less_minimum(sums, scale, minimum, products(q, x_field, one), x_field)
-    return sums
-
-
-@triton.jit
-def q3_k(at, j, x, valid, numbers, shift, sums):
-    one = numbers[0]
-    n, side = j // 2, j % 2
-    qs = words_of(at + 16 + 8 * j, 8)
-    hmask = (words_of(at + 8 * side, 8) << 2) >> shift  # 4 * n
-    d = half(at + 54)
-    for field in tl.static_range(4):
-        low_bits = (byte(at, 96 + 2 * field + side) >> (4 * n)) & 15
-        high_bits = (byte(at, 104 + 2 * (field % 2) + side) >> (4 * n + 2 * (field // 2))) & 3
-        scale = d * (low_bits + 16 * high_bits - 32).to(tl.float32)
-        x_field = inputs(x, 128 * n + 32 * field + 16 * side, valid, 16)
-        one_and_bit = one ^ ((hmask >> field) & 0x00040004)
-        sums += scale * less(4, (qs >> (2 * field)) & 0x00030003, x_field, one_and_bit)
-    return sums
-
-
-@triton.jit
-def six_bit_scale_and_min(at, j):
-    """As in k_quants.py, of the address of the block."""
-    k = j % 4
-    first, second, nibbles = byte(at, 4 + k), byte(at, 8 + k), byte(at, 12 + k)
-    scale = tl.where(j < 4, first & 63, (nibbles & 15) | ((first >> 6) << 4))
-    minimum = tl.where(j < 4, second & 63, (nibbles >> 4) | ((second >> 6) << 4))
-    return half(at) * scale.to(tl.float32), half(at + 1) * minimum.to(tl.float32)
-
-
-@triton.jit
-def q4_k(at, j, x, valid, numbers, shift, sums):
-    one = numbers[0]
-    qs = long_words_of(at + 8 + 16 * j, 8)
-    for high in tl.static_range(2):
-        even, odd = (qs >> (4 * high)) & 0x000F000F, (qs >> (8 + 4 * high)) & 0x000F000F
-        x_high = inputs(x, 64 * j + 32 * high, valid, 32)
-        scale, minimum = six_bit_scale_and_min(at, 2 * j + high)
-        of_fields = products_of_two(even, odd, x_high, one, one)
-        sums = scaled_less_minimum(sums, scale, minimum, of_fields, x_high)
-    return sums
-
-
-@triton.jit
-def q5_k(at, j, x, valid, numbers, shift, sums):
-    one = numbers[0]
-    qs = long_words_of(at + 24 + 16 * j, 8)
-    qh = long_words_of(at + 8, 8) >> shift  # 2 * j
-    for high in tl.static_range(2):
-        even, odd = (qs >> (4 * high)) & 0x000F000F, (qs >> (8 + 4 * high)) & 0x000F000F
-        # Xor, because the compiler joins two "or", which then take an instruction more.
-        even_bits, odd_bits = (qh << (4 - high)) & 0x00100010, (qh >> (4 + high)) & 0x00100010
-        x_high = inputs(x, 64 * j + 32 * high, valid, 32)
-        scale, minimum = six_bit_scale_and_min(at, 2 * j + high)
-        of_fields = products_of_two(even, odd, x_high, one ^ even_bits, one ^ odd_bits)
-        sums = scaled_less_minimum(sums, scale, minimum, of_fields, x_high)
-    return sums
-
-
-@triton.jit
-def q6_k(at, j, x, valid, numbers, shift, sums):
-    one = numbers[0]
-    n, c = j // 4, j % 4
-    ql = words_of(at + 8 * j, 8)
-    qh = words_of(at + 64 + 16 * n + 8 * (c % 2), 8) >> shift  # 2 * (c // 2)
-    d = half(at + 104)
-    low_scale = d * byte(at, 192 + 8 * n + c).to(tl.int8).to(tl.float32)
-    high_scale = d * byte(at, 196 + 8 * n + c).to(tl.int8).to(tl.float32)
-    x0, x1 = inputs(x, 128 * n + 16 * c, valid, 16), inputs(x, 128 * n + 16 * c + 64, valid, 16)
-    low = less(32, ql & 0x000F000F, x0, one ^ ((qh << 4) & 0x00300030))
-    high = less(32, (ql >> 4) & 0x000F000F, x1, one ^ (qh & 0x00300030))
-    return sums + low_scale * low + high_scale * high
+        scale = u8(at, 192 + 8 * n + i // 4 + 2 * field) ^ 128
+        result += number(scale, 255, 128) * of_field[field]
+    return half(at + 104) * result
 
 
 @triton.jit
@@ -264,127 +284,109 @@ def byte_of(low, high, codes):
 
 
 @triton.jit
-def looked_up(codes, which, word0, word1, word2, word3):
-    """The bytes numbered by four nibbles, of 16 in four words. `which` is 0x3210, plus 4 for nibbles of 8 or more."""
-    return byte_of(byte_of(word0, word1, codes), byte_of(word2, word3, codes), which)
-
-
-@triton.jit
-def iq4_xs(at, j, x, valid, numbers, shift, sums):
-    each_byte = numbers[0]
-    qs = tl.load(at + 4 + 8 * j + tl.arange(0, 8)[None, None, :]).to(tl.int32)
-    codes, which = qs & 0x7777, ((qs >> 1) & 0x4444) | each_byte
-    first = looked_up(codes, which, numbers[1], numbers[2], numbers[3], numbers[4])
-    second = looked_up(codes, which, numbers[5], numbers[6], numbers[7], numbers[8])
-    x0, x1 = inputs(x, 32 * j, valid, 16), inputs(x, 32 * j + 16, valid, 16)
-    low = as_weight(byte_of(first, second, tl.full(qs.shape, 0x6240, tl.int32)), x0)
-    high = as_weight(byte_of(first, second, tl.full(qs.shape, 0x7351, tl.int32)), x0)
-    low_bits = (byte(at, 4 + j // 2) >> (4 * (j % 2))) & 15
-    high_bits = (tl.load(at + 1).to(tl.int32) >> (2 * j)) & 3
-    scale = half(at) * (low_bits + 16 * high_bits - 32).to(tl.float32)
-    nothing = tl.zeros((qs.shape[0], qs.shape[1], x0.shape[2]), tl.float32)
-    return sums + scale * dot(high, x1, dot(low, x0, nothing))
-
-
-@triton.jit
-def number(numbers, i):
-    return tl.load(numbers + tl.full((1, 1, 1), i, tl.int32))
+def iq4_xs(at, piece, x, valid, table, PIECES: tl.constexpr):
+    words: tl.constexpr = 32 // PIECES
+    j, first = piece // (PIECES // 8), piece % (PIECES // 8) * words
+    k = 32 * j + 4 * first
+    at_qs = at.to(tl.pointer_type(tl.int32)) + 2 + 4 * j + first
+    qs = two(at_qs, None)
+    if words == 4:
+        qs = qs + two(at_qs + 2, None)
+    sums = 0.0
+    for w in tl.static_range(words):
+        codes, which = qs[w] & 0x77777777, ((qs[w] >> 1) & 0x44444444) | 0x32103210
+        x0, x1 = inputs(x, k + 4 * w, valid), inputs(x, k + 16 + 4 * w, valid)
+        sums += (sum_of(x0) + sum_of(x1)) * (-128 * LOWERED)
+        for side in tl.static_range(2):
+            low = byte_of(table[0], table[1], codes >> (16 * side))
+            high = byte_of(table[2], table[3], codes >> (16 * side))
+            q = byte_of(low, high, which >> (16 * side))
+            x_side = (x0[2 * side], x1[2 * side], x0[2 * side + 1], x1[2 * side + 1])
+            sums = products(q, q >> 24, 255, 0, x_side, sums)
+    low_bits = (u8(at, 4 + j // 2) >> (4 * (j % 2))) & 15
+    high_bits = (u16(at + 1) >> (2 * j)) & 3
+    return half(at) * number(low_bits | (high_bits << 4), 63, 32) * sums
 
 
 @triton.jit
 def few_rows_kernel(
     blocks,  # uint8 [n_out, row_blocks, 2 * WORDS]
-    x,  # [ROWS, row_blocks * BLOCK] of any float dtype
+    x,  # [n_rows, row_blocks * BLOCK] of any float dtype
     bias,  # [n_out], if HAS_BIAS
-    numbers,  # see numbers_of
-    out,  # [ROWS, n_out]
+    out,  # [n_rows, n_out]
     n_out,
     row_blocks,
-    DOT: tl.constexpr,
+    n_rows,
+    word0,  # the codebook of the type, if it has one; arguments, because literals take an instruction each time
+    word1,
+    word2,
+    word3,
+    PRODUCTS: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
-    PADDED_ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WHOLE: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    first_output = tl.program_id(0) * OUTPUTS
-    n_here = tl.minimum(n_out - first_output, OUTPUTS)
-    n, m = tl.arange(0, OUTPUTS), tl.arange(0, PADDED_ROWS)
+    # Programs of the same outputs follow each other, and find the blocks in the cache.
+    row_groups = (n_rows + ROWS - 1) // ROWS
+    first_row = tl.program_id(0) % row_groups * ROWS
+    first_output = tl.program_id(0) // row_groups * OUTPUTS
+    n, m = tl.arange(0, OUTPUTS)[None, :, None], tl.arange(0, ROWS)[None, None, :]
     # Past the end the last output, or row, is computed again and not stored.
+    n_here = tl.minimum(n_out - first_output, OUTPUTS)
     weight = blocks.to(tl.pointer_type(tl.uint16)) + first_output.to(tl.int64) * row_blocks * WORDS
-    weight += (tl.minimum(n, n_here - 1) * (row_blocks * WORDS))[None, :, None]
-    x += (tl.minimum(m, ROWS - 1) * (row_blocks * BLOCK))[None, None, :]
-    group = tl.arange(0, BLOCKS * GROUPS)[:, None, None]
-    # Loaded, because Triton brings nothing but loads and literals into the layout of a matrix product.
-    shift = tl.load(numbers + 9 + group % GROUPS)
-    one, word0, word1, word2 = number(numbers, 0), number(numbers, 1), number(numbers, 2), number(numbers, 3)
-    word3, word4, word5 = number(numbers, 4), number(numbers, 5), number(numbers, 6)
-    constants = (one, word0, word1, word2, word3, word4, word5, number(numbers, 7), number(numbers, 8))
-    sums = tl.zeros((BLOCKS * GROUPS, OUTPUTS, PADDED_ROWS), tl.float32)
-    for first in tl.range(0, row_blocks, BLOCKS, num_stages=STAGES):
-        here, valid = first + group // GROUPS, None
+    weight += tl.minimum(n, n_here - 1) * (row_blocks * WORDS)
+    x += tl.minimum(first_row + m, n_rows - 1) * (row_blocks * BLOCK)
+    lane = tl.arange(0, LANES)[:, None, None]
+    sums = tl.zeros((LANES, OUTPUTS, ROWS), tl.float32)
+    for first in range(0, row_blocks, LANES // PIECES):
+        here, valid = first + lane // PIECES, None
         if not WHOLE:
             valid = here < row_blocks
             here = tl.minimum(here, row_blocks - 1)
-        sums = DOT(weight + here * WORDS, group % GROUPS, x + here * BLOCK, valid, constants, shift, sums)
-    result = tl.sum(sums, 0)
-    n, m = n[:, None], m[None, :]
+        at = weight + here * WORDS
+        sums += PRODUCTS(at, lane % PIECES, x + here * BLOCK, valid, (word0, word1, word2, word3), PIECES)
+    result = tl.sum(sums, 0) * RESTORED
+    n, m = tl.arange(0, OUTPUTS)[:, None], first_row + tl.arange(0, ROWS)[None, :]
     if HAS_BIAS:
         result += tl.load(bias + first_output + tl.minimum(n, n_here - 1)).to(tl.float32)
-    at = out + first_output + m * n_out + n
-    tl.store(at, result.to(out.dtype.element_ty), mask=(n < n_here) & (m < ROWS))
+    out += first_output + m * n_out + n
+    tl.store(out, result.to(out.dtype.element_ty), mask=(n < n_here) & (m < n_rows))
 
 
 class FewRows(NamedTuple):
     """A type's products with the inputs, and how to launch them."""
 
-    dot: object  # Triton function, see above
-    shifts: tuple[int, ...]  # one for each group of a block; which they are, the function says
+    products: object  # Triton function, see above
+    pieces: int  # of a block
     outputs: int
-    blocks: int
+    lanes: int
     n_warps: int
-    n_stages: int
-    codebook: str | None = None  # a name in VALUES_OF_CODE
+    max_rows: int  # with more, decoding and the library's product are faster
+    table: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
+# The numbers were chosen by benchmarks/kernels.py, see its results.
 FEW_ROWS = {
-    "Q4_0": FewRows(q4_0, (0,), 16, 32, 4, 2),
-    "Q8_0": FewRows(q8_0, (0,), 16, 16, 4, 2),
-    "Q2_K": FewRows(q2_k, (0,) * 4, 16, 4, 4, 2),
-    "Q3_K": FewRows(q3_k, (0, 0, 4, 4), 16, 4, 4, 2),
-    "Q4_K": FewRows(q4_k, (0,) * 4, 16, 4, 4, 2),
-    "Q5_K": FewRows(q5_k, (0, 2, 4, 6), 16, 4, 4, 2),
-    "Q6_K": FewRows(q6_k, (0, 0, 2, 2) * 2, 16, 4, 4, 2),
-    "IQ4_XS": FewRows(iq4_xs, (0,) * 8, 16, 4, 4, 2, "IQ4_NL"),
+    "Q4_0": FewRows(q4_0, 2, 8, 32, 1, 8),
+    "Q8_0": FewRows(q8_0, 4, 4, 64, 2, 8),
+    "Q2_K": FewRows(q2_k, 16, 4, 64, 1, 4),
+    "Q3_K": FewRows(q3_k, 16, 4, 64, 2, 4),
+    "Q4_K": FewRows(q4_k, 8, 8, 32, 1, 8),
+    "Q5_K": FewRows(q5_k, 8, 8, 32, 1, 8),
+    "Q6_K": FewRows(q6_k, 16, 4, 32, 1, 8),
+    "IQ4_XS": FewRows(iq4_xs, 16, 4, 32, 1, 8, IQ4_WORDS),
 }
-
-
-@functools.cache
-def numbers_of(name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What a type's function has as `numbers`, and the shifts.
-
-    That is "one" as two floats of the dtype that the weights take, and eight zeros; or 0x3210, the low bytes of the 16
-    values of a codebook as such floats in four words, and their high bytes.
-    """
-    kernel = FEW_ROWS[name]
-    dtype = torch.float16 if dtype == torch.float16 else torch.bfloat16
-    if kernel.codebook:
-        values = torch.tensor(VALUES_OF_CODE[kernel.codebook], dtype=dtype).view(torch.uint8).view(16, 2)
-        numbers = [0x3210, *values.T.contiguous().view(torch.int32).flatten().tolist()]
-    else:
-        numbers = [0x64006400 if dtype == torch.float16 else 0x43004300, *[0] * 8]
-    return torch.tensor([*numbers, *kernel.shifts], dtype=torch.int32, device=device)
 
 
 @on_its_device
 def linear_into(blocks: torch.Tensor, name: str, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     n_rows, n_out = out.shape
-    tensors = (blocks, x, x if bias is None else bias, numbers_of(name, x.dtype, x.device), out)
+    tensors = (blocks, x, x if bias is None else bias, out)
     addresses = tuple(tensor.data_ptr() for tensor in tensors)
     bias_dtype = None if bias is None else bias.dtype
     key = ("few rows", name, x.dtype, bias_dtype, x.shape, n_out, blocks.get_device(), alignment(*addresses))
@@ -393,16 +395,21 @@ def linear_into(blocks: torch.Tensor, name: str, x: torch.Tensor, bias: torch.Te
     kernel, block_format = FEW_ROWS[name], FORMATS[name]
     block_bytes, block_size = block_format.block_bytes, block_format.block_size
     row_blocks = blocks.shape[1] // block_bytes
-    shape = (n_out, row_blocks, kernel.dot, block_bytes // 2, block_size, len(kernel.shifts), n_rows)
-    options = (max(PADDED_ROWS, triton.next_power_of_2(n_rows)), bias is not None, row_blocks % kernel.blocks == 0)
-    rest = (*shape, *options, kernel.outputs, kernel.blocks, kernel.n_stages)
-    bind(key, few_rows_kernel, triton.cdiv(n_out, kernel.outputs), tensors, rest, kernel.n_warps)
+    rows = min(triton.next_power_of_2(n_rows), ROWS_AT_ONCE)
+    numbers = (n_out, row_blocks, n_rows, *kernel.table)
+    shape = (kernel.products, block_bytes // 2, block_size, kernel.pieces, rows)
+    whole = row_blocks % (kernel.lanes // kernel.pieces) == 0
+    n_programs = triton.cdiv(n_out, kernel.outputs) * triton.cdiv(n_rows, rows)
+    rest = (*numbers, *shape, bias is not None, whole, kernel.outputs, kernel.lanes)
+    bind(key, few_rows_kernel, n_programs, tensors, rest, kernel.n_warps)
 
 
 def linear(blocks: torch.Tensor, name: str, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + bias of uint8 blocks [n_out, row_bytes] and x [1 to MAX_ROWS, n_in], contiguous: [rows, n_out] as x."""
-    if blocks.data_ptr() % 4:  # blocks of a multiple of four bytes are read as 32-bit words
+    if blocks.data_ptr() % 16:  # blocks of a multiple of four bytes are read as longer words
         blocks = blocks.clone()
+    if x.data_ptr() % 16:
+        x = x.clone()
     out = torch.empty(len(x), len(blocks), dtype=x.dtype, device=x.device)
     linear_into(blocks, name, x, bias, out)
     return out

@@ -111,7 +111,7 @@ def decode_scaled_into(
             n_programs,
             (blocks, out, factors, table),
             rest,
-            kernel.n_warps,
+            n_warps,
             enable_fp_fusion=False,
         )
     return partial(BOUND[key], *addresses) if key in BOUND else None

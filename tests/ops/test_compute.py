@@ -16,6 +16,7 @@ from gguf_native.ops.dequantize import dequantize
 from gguf_native.ops.eight_bits import row_scales
 from gguf_native.ops.formats import FORMATS
 from gguf_native.ops.kernels import KERNELS
+from gguf_native.ops.layers import GGUFOps
 from gguf_native.ops.layout import pack
 from gguf_native.ops.matmul import Workspace
 from gguf_native.ops.quantize import quantize
@@ -178,13 +179,15 @@ def test_inputs_that_do_not_lie_one_after_another(method):
             assert torch.equal(chosen.linear(x, weight, None, workspace), expected)
 
 
-def test_few_inputs_are_exact():
-    weight = packed("Q4_0", (32, 512))
-    chosen = prepared("int8", weight)._replace(min_rows=20)
+def test_a_layer_computes_few_inputs_exactly():
+    layer = GGUFOps.Linear(512, 32, bias=False)
+    layer.load_state_dict({"weight": packed("Q4_0", (32, 512))})
+    layer.compute, layer.chosen = "int8", prepared("int8", layer.weight)._replace(min_rows=20)
     for n_rows in (19, 20):
-        x = inputs(1, n_rows, 512)
-        exact = matmul.linear(x, weight, None, None)
-        assert torch.equal(chosen.linear(x, weight, None, None), exact) == (n_rows < 20)
+        x = inputs(1, n_rows, 512).bfloat16()
+        with torch.inference_mode():
+            exact = matmul.linear(x, layer.weight, None, None)
+            assert torch.equal(layer(x), exact) == (n_rows < 20)
 
 
 def auto(type_name: str, n_outliers: int = 0) -> Chosen:

@@ -3,16 +3,15 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from samples import random_blocks
 
 pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
 
 import comfy.ldm.flux.math
 from comfy.ldm.flux.layers import DoubleStreamBlock, EmbedND, SingleStreamBlock
 from comfy.ldm.modules.attention import attention_pytorch
-from gguf_native.ops.formats import FORMATS
 from gguf_native.ops.layers import GGUFOps
 from gguf_native.ops.layout import is_packed, pack
+from gguf_native.ops.quantize import quantize
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -35,7 +34,7 @@ def fill(block: torch.nn.Module, type_name: str, compute: str) -> torch.nn.Modul
     for name, layer in block.named_modules():
         if isinstance(layer, GGUFOps.Linear):
             rows, columns = layer.shapes["weight"]
-            blocks = random_blocks(type_name, rows * columns // FORMATS[type_name].block_size)
+            blocks = quantize(torch.randn(rows, columns, generator=generator) * 0.02, type_name)
             state[f"{name}.weight"] = pack(blocks.flatten().to(DEVICE), type_name, (rows, columns), DTYPE)
             state[f"{name}.bias"] = (torch.randn(rows, generator=generator) * 0.01).to(DEVICE, DTYPE)
         elif isinstance(layer, GGUFOps.RMSNorm):
@@ -88,6 +87,6 @@ def test_compiled_without_break_or_second_compilation(make, compute):
             actual, expected = compiled(**inputs(seed)), block(**inputs(seed))
             pairs = zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
             for one, other in pairs:
-                assert one.isfinite().all()
-                torch.testing.assert_close(one, other, rtol=5e-2 if ON_GPU else 1e-5, atol=5e-2 if ON_GPU else 1e-5)
+                # On a GPU the compiler rounds to bfloat16 at other places.
+                assert (one - other).norm() <= other.norm() * (1e-2 if ON_GPU else 1e-5)
         assert counter.frame_count == 1
