@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 # Files that do not change with the day.
 matplotlib.rcParams |= {"svg.hashsalt": "gguf_native", "svg.fonttype": "none"}
-METADATA = {"Date": None}
+METADATA = {"Date": None, "Creator": None}
 COMPUTES = {"exact": "tab:blue", "fp8": "tab:orange", "auto": "tab:green"}
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 
+from .dequantize import has_kernel
 from .eight_bits import RowScales, row_scales
 from .formats import FORMATS
 from .matmul import MAX_FEW_ROWS, Workspace, linear, linear_eight_bits_op, linear_fp8, linear_int8
@@ -65,6 +66,8 @@ FORMAT_ERROR = {
 # The others are coarser still.
 COARSE_ERROR = 0.3
 
+NEEDS_NVIDIA = "it needs an NVIDIA GPU"
+
 # How many rows of the inputs the error of a method is measured on.
 MEASURED_ROWS = 256
 
@@ -93,7 +96,7 @@ class Chosen(NamedTuple):
 EXACT = Chosen(None, None)
 
 
-def choose(compute: str, weight: QuantizedTensor, x: torch.Tensor, workspace: Workspace) -> Chosen:
+def choose(compute: str, weight: QuantizedTensor, x: torch.Tensor, workspace: Workspace | None) -> Chosen:
     """What a layer of this weight shall compute with, seen its first inputs x [..., n_columns]; waits for the GPU.
 
     "auto" takes the fastest method whose relative error on these inputs is below that of the weight's own type.
@@ -124,13 +127,33 @@ def _prepared(compute: str, weight: QuantizedTensor) -> "Chosen | str":
 def why_not(compute: str, weight: QuantizedTensor) -> str | None:
     """Why a method cannot multiply by this weight, or None."""
     device, shape = weight._qdata.device, weight._params.orig_shape
-    if device.type != "cuda":
-        return "it needs an NVIDIA GPU"
+    if not _is_nvidia(device):
+        return NEEDS_NVIDIA
     since = METHODS[compute].since
     if torch.cuda.get_device_capability(device) < since:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {since[0]}.{since[1]}"
     if weight._qdata.shape[0] != shape[0] or shape[0] % 16 or shape[1] % 16:
         return "the sides of some matrices are not divisible by 16, or their rows are not whole blocks"
+    if not has_kernel(FORMATS[weight._params.type], device):
+        return "decoding to 8 bits without Triton is slower than the exact product"
+    return _why_not_on(compute, device)
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
+@cache
+def _why_not_on(compute: str, device: torch.device) -> str | None:
+    """Why this torch has not the method on this GPU, or None: a small product tells. Windows lacks scales for rows."""
+    blocks, ones = torch.zeros(64, 2 * 34, dtype=torch.uint8, device=device), torch.ones(64, device=device)
+    x = torch.zeros(64, 64, dtype=torch.bfloat16, device=device)
+    try:
+        METHODS[compute].run(x, blocks, "Q8_0", None, RowScales(ones, ones), None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"torch {torch.__version__} has it not for {torch.cuda.get_device_name(device)} ({error})"
     return None
 
 
@@ -141,8 +164,8 @@ def log_exact(compute: str, reason: str) -> None:
 
 def _fastest_harmless(weight: QuantizedTensor, x: torch.Tensor, workspace: Workspace | None) -> Chosen:
     device = weight._qdata.device
-    if device.type != "cuda":
-        log_exact("auto", "it needs an NVIDIA GPU")
+    if not _is_nvidia(device):
+        log_exact("auto", NEEDS_NVIDIA)
         return EXACT
     capability = torch.cuda.get_device_capability(device)
     pace = next((pace for since, pace in PACES.items() if capability >= since), Pace((), 0))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from comfy_aimdo.model_vbar import vbar_fault, vbar_signature_compare, vbar_unpin
 
-from .compute import EXACT, METHODS, Chosen, choose, prepare
+from .compute import EXACT, METHODS, Chosen, choose, log_exact, prepare
 from .layout import is_packed, relabel, reshape_packed
 from .lora import SidePath
 from .matmul import MAX_FEW_ROWS, Workspace, decode_weight, few_rows_limit, gather_rows, linear, linear_few_rows
@@ -202,7 +202,11 @@ class GGUFOps(HOST):
             n_rows = x.numel() // x.shape[-1]
             if 0 < n_rows <= MAX_FEW_ROWS and n_rows <= few_rows_limit(weight):
                 return linear_few_rows(x, weight, bias)
-            if self.compute == "exact" or x.dtype == torch.float32:
+            if self.compute == "exact":
+                return linear(x, weight, bias, self.workspace)
+            if x.dtype == torch.float32:
+                if x.is_cuda and not torch.compiler.is_compiling():
+                    log_exact(self.compute, "the model computes in float32")
                 return linear(x, weight, bias, self.workspace)
             if self.chosen is None and not torch.compiler.is_compiling():
                 self.chosen = choose(self.compute, weight, x, self.workspace)

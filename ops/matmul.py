@@ -18,6 +18,10 @@ if WHY_NONE is None:
     from .kernels import few_rows
 
 
+# Inputs lie at ever new addresses where no sampling ends; a model's layers need far fewer.
+MOST_DONE = 10_000
+
+
 @dataclass
 class Workspace:
     """Memory that the layers of a model use one after another: for a decoded weight, and for inputs in 8 bits.
@@ -57,6 +61,8 @@ class Workspace:
             return out, scales
         out = self._room("inputs", x.shape, torch.float8_e4m3fn, x.device)
         scales = self._room("scales of inputs", (len(x), 1), torch.float32, x.device)
+        if len(self.done) >= MOST_DONE:
+            self.done.clear()
         if (again := quantize_rows_into(x, out, scales)) is not None:
             self.done[key] = out, scales, again
         return out, scales
@@ -174,7 +180,8 @@ def _few_rows_limit(type: str, device: torch.device) -> int:
 
 @cache
 def _known_few_rows_limit(type: str, device: torch.device) -> int:
-    has_one = has_kernel(FORMATS[type], device) and type in few_rows.FEW_ROWS
+    # They take bytes apart with an instruction of NVIDIA's.
+    has_one = torch.version.hip is None and has_kernel(FORMATS[type], device) and type in few_rows.FEW_ROWS
     return few_rows.FEW_ROWS[type].max_rows if has_one else 0
 
 

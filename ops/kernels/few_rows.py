@@ -22,7 +22,7 @@ from triton.language.extra import libdevice
 from ..formats import FORMATS
 from .launch import BOUND, alignment, bind, on_its_device
 
-MAX_ROWS = 16
+# More rows are taken in groups.
 ROWS_AT_ONCE = 4
 
 RAISED = tl.constexpr(2.0**96)
@@ -405,7 +405,7 @@ def linear_into(blocks: torch.Tensor, name: str, x: torch.Tensor, bias: torch.Te
 
 
 def linear(blocks: torch.Tensor, name: str, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + bias of uint8 blocks [n_out, row_bytes] and x [1 to MAX_ROWS, n_in], contiguous: [rows, n_out] as x."""
+    """x W^T + bias of uint8 blocks [n_out, row_bytes] and x [rows, n_in], contiguous, rows > 0: [rows, n_out] as x."""
     if blocks.data_ptr() % 16:  # blocks of a multiple of four bytes are read as longer words
         blocks = blocks.clone()
     if x.data_ptr() % 16:

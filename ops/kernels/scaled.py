@@ -128,7 +128,7 @@ def quantize_rows_kernel(
 ):
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     values = tl.load(x + row * n_columns + c, mask=c < n_columns, other=0).to(tl.float32)
-    peak = tl.maximum(tl.max(tl.abs(values), 0), 1e-12)
+    peak = tl.maximum(tl.max(tl.abs(values), 0), 1e-30)
     tl.store(scales + row, peak * (1 / PEAK))
     tl.store(out + row * n_columns + c, (values * (PEAK / peak)).to(out.dtype.element_ty), mask=c < n_columns)
 

@@ -118,10 +118,31 @@ def on_a_gpu(shape: tuple[int, int], n_rows_of_blocks: int) -> SimpleNamespace:
 def test_why_not(monkeypatch, capability, shape, n_rows_of_blocks, fp8, int8):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(compute, "has_kernel", lambda *arguments: True)
+    monkeypatch.setattr(compute, "_why_not_on", lambda *arguments: None)
     weight = on_a_gpu(shape, n_rows_of_blocks)
     for method, expected in (("fp8", fp8), ("int8", int8)):
         reason = why_not(method, weight)
         assert reason is None if expected is None else expected in reason
+
+
+def test_without_a_kernel_the_exact_product_is_faster(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compute, "has_kernel", lambda *arguments: False)
+    assert "without Triton" in why_not("fp8", on_a_gpu((32, 512), 32))
+
+
+def test_a_product_that_the_library_lacks_is_a_reason(monkeypatch):
+    def lacking(*arguments):
+        raise RuntimeError("not supported on your device")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setitem(METHODS, "fp8", METHODS["fp8"]._replace(run=lacking))
+    compute._why_not_on.cache_clear()
+    reason = compute._why_not_on("fp8", torch.device("cpu"))
+    compute._why_not_on.cache_clear()
+    assert reason == f"torch {torch.__version__} has it not for Some GPU (not supported on your device)"
+    assert compute._why_not_on("int8", torch.device("cpu")) is None
 
 
 def test_a_weight_that_is_not_finite_stays_exact(monkeypatch, said):

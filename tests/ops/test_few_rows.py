@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to test")
 
 from gguf_native.ops.formats import FORMATS
-from gguf_native.ops.kernels.few_rows import FEW_ROWS, MAX_ROWS, linear
+from gguf_native.ops.kernels.few_rows import FEW_ROWS, linear
 from samples import random_blocks
 
 ON_GPU = torch.cuda.is_available()
@@ -37,7 +37,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert error.max() <= BOUNDS[actual.dtype]
 
 
-@pytest.mark.parametrize("n_rows", [1, 2, 3, 5, MAX_ROWS])
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 5, 16])
 @pytest.mark.parametrize("name", FEW_ROWS)
 def test_numbers_of_rows(name, n_rows):
     blocks, values = layer(name, 2 * blocks_per_step(name))
