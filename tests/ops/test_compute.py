@@ -99,7 +99,7 @@ def test_on_a_cpu_all_is_exact_and_one_line_says_so(said, kind):
 def on_a_gpu(shape: tuple[int, int], n_rows_of_blocks: int) -> SimpleNamespace:
     """All that `why_not` asks of a weight."""
     blocks = SimpleNamespace(device=torch.device("cuda", 0), shape=(n_rows_of_blocks, 288))
-    return SimpleNamespace(_qdata=blocks, _params=SimpleNamespace(orig_shape=shape))
+    return SimpleNamespace(_qdata=blocks, _params=SimpleNamespace(orig_shape=shape, type="Q4_K"))
 
 
 @pytest.mark.parametrize(
