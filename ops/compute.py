@@ -1,7 +1,6 @@
 """How a layer multiplies: exactly, in float8, in int8, or in the fastest of these that does the picture no harm."""
 
 import logging
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -11,7 +10,8 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 from .dequantize import has_kernel
 from .eight_bits import RowScales, row_scales
 from .formats import FORMATS
-from .matmul import MAX_FEW_ROWS, Workspace, linear, linear_eight_bits_op, linear_fp8, linear_int8
+from .layout import pack
+from .matmul import MAX_FEW_ROWS, Workspace, linear, linear_eight_bits
 
 log = logging.getLogger("gguf_native")
 
@@ -22,13 +22,12 @@ class Method(NamedTuple):
     """A product in 8 bits: what it stores, and the oldest GPU that has it (compute capability)."""
 
     dtype: torch.dtype
-    run: Callable
     since: tuple[int, int]
 
 
 METHODS = {
-    "fp8": Method(torch.float8_e4m3fn, linear_fp8, (8, 9)),
-    "int8": Method(torch.int8, linear_int8, (7, 5)),
+    "fp8": Method(torch.float8_e4m3fn, (8, 9)),
+    "int8": Method(torch.int8, (7, 5)),
 }
 
 
@@ -87,10 +86,7 @@ class Chosen(NamedTuple):
         """x [..., n_columns] W^T + bias -> [..., n_rows], of the dtype of x, which should have min_rows rows."""
         if self.method is None:
             return linear(x, weight, bias, workspace)
-        blocks, type_name = weight._qdata, weight._params.type
-        if torch.compiler.is_compiling():
-            return linear_eight_bits_op(x, blocks, type_name, bias, *self.scales, self.method.dtype)
-        return self.method.run(x, blocks, type_name, bias, self.scales, workspace)
+        return linear_eight_bits(x, weight, bias, self.scales, self.method.dtype, workspace)
 
 
 EXACT = Chosen(None, None)
@@ -146,10 +142,10 @@ def _is_nvidia(device: torch.device) -> bool:
 @cache
 def _why_not_on(compute: str, device: torch.device) -> str | None:
     """Why this torch has not the method on this GPU, or None: a small product tells. Windows lacks scales for rows."""
-    blocks, ones = torch.zeros(64, 2 * 34, dtype=torch.uint8, device=device), torch.ones(64, device=device)
-    x = torch.zeros(64, 64, dtype=torch.bfloat16, device=device)
+    blocks, ones = torch.zeros(64 * 2 * 34, dtype=torch.uint8, device=device), torch.ones(64, device=device)
+    weight, x = pack(blocks, "Q8_0", (64, 64), torch.bfloat16), torch.zeros(64, 64, dtype=torch.bfloat16, device=device)
     try:
-        METHODS[compute].run(x, blocks, "Q8_0", None, RowScales(ones, ones), None)
+        linear_eight_bits(x, weight, None, RowScales(ones, ones), METHODS[compute].dtype, None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

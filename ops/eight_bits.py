@@ -49,6 +49,7 @@ def decode_scaled_into(
         return scaled.decode_scaled_into(blocks, block_format.__name__, factors, out)
     values = _decoded(block_format, blocks).mul_(factors.unsqueeze(1))
     out.copy_(values if out.dtype.is_floating_point else values.round_())
+    return None
 
 
 def quantize_rows_into(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) -> Callable[[], None] | None:

@@ -187,16 +187,18 @@ def _known_few_rows_limit(type: str, device: torch.device) -> int:
 
 def linear_few_rows(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """As `linear`, in one pass over the blocks: W is never written. Nothing is rounded but inputs and result."""
-    if torch.compiler.is_compiling():
-        return linear_few_rows_op(x, weight._qdata, weight._params.type, bias)
+    run = linear_few_rows_op if torch.compiler.is_compiling() else _few_rows
+    return run(x, weight._qdata, weight._params.type, bias)
+
+
+def _few_rows(x: torch.Tensor, blocks: torch.Tensor, type: str, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return few_rows.linear(weight._qdata, weight._params.type, rows, bias).view(*x.shape[:-1], -1)
+    return few_rows.linear(blocks, type, rows, bias).view(*x.shape[:-1], -1)
 
 
 @torch.library.custom_op("gguf_native::linear_few_rows", mutates_args=())
 def linear_few_rows_op(x: torch.Tensor, blocks: torch.Tensor, type: str, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return few_rows.linear(blocks, type, rows, bias).view(*x.shape[:-1], -1)
+    return _few_rows(x, blocks, type, bias)
 
 
 @linear_few_rows_op.register_fake
@@ -204,45 +206,44 @@ def _(x, blocks, type, bias):
     return x.new_empty((*x.shape[:-1], blocks.shape[0]))
 
 
-def linear_fp8(
+def linear_eight_bits(
     x: torch.Tensor,
-    blocks: torch.Tensor,
-    type: str,
+    weight: QuantizedTensor,
     bias: torch.Tensor | None,
     scales: RowScales,
+    dtype: torch.dtype,
     workspace: Workspace | None,
 ) -> torch.Tensor:
-    """As `linear` with W and x in float8_e4m3fn, a scale for each row of both; needs SM 8.9, sides divisible by 16.
+    """As `linear` with W and x in `dtype`, a key of PRODUCTS, and a scale for each row of both."""
+    blocks, type_name = weight._qdata, weight._params.type
+    if torch.compiler.is_compiling():
+        return linear_eight_bits_op(x, blocks, type_name, bias, *scales, dtype)
+    return _eight_bits(x, blocks, type_name, bias, scales, dtype, workspace)
 
-    blocks: uint8 [n_rows, row_bytes]. Adds a relative error of about 0.037, whatever the type of the blocks.
-    """
-    stored = decoded(workspace, blocks, type, (blocks.shape[0], x.shape[-1]), torch.float8_e4m3fn, scales.factors)
+
+def _eight_bits(x, blocks, type: str, bias, scales: RowScales, dtype: torch.dtype, workspace: Workspace | None):
+    stored = decoded(workspace, blocks, type, (blocks.shape[0], x.shape[-1]), dtype, scales.factors)
+    return PRODUCTS[dtype](x, stored, scales.scales, bias, workspace)
+
+
+def _product_fp8(x, stored, scales, bias, workspace: Workspace | None) -> torch.Tensor:
+    """By the library, from SM 8.9 on, sides divisible by 16. Adds a relative error of about 0.037 for any inputs."""
     inputs, input_scales = (workspace or Workspace()).quantize_rows(x.reshape(-1, x.shape[-1]).contiguous())
     # Not every version of the library gives float16 where rows have scales.
     dtype = torch.bfloat16
     bias = bias if bias is None else bias.to(dtype)
-    column_scales = scales.scales.unsqueeze(0)
     out = torch._scaled_mm(
-        inputs, stored.t(), input_scales, column_scales, bias=bias, out_dtype=dtype, use_fast_accum=True
-    ).to(x.dtype)
-    return out.view(*x.shape[:-1], blocks.shape[0])
+        inputs, stored.t(), input_scales, scales.unsqueeze(0), bias=bias, out_dtype=dtype, use_fast_accum=True
+    )
+    return out.to(x.dtype).view(*x.shape[:-1], stored.shape[0])
 
 
-def linear_int8(
-    x: torch.Tensor,
-    blocks: torch.Tensor,
-    type: str,
-    bias: torch.Tensor | None,
-    scales: RowScales,
-    workspace: Workspace | None,
-) -> torch.Tensor:
-    """As `linear` with W and x in int8, a scale for each row of both, by comfy-kitchen; needs SM 7.5.
+def _product_int8(x, stored, scales, bias, workspace: Workspace | None) -> torch.Tensor:
+    """By comfy-kitchen, from SM 7.5 on. Adds an error of about 0.012, several times that for outlier columns of x."""
+    return comfy_kitchen.int8_linear(x, stored, scales, bias, x.dtype)
 
-    blocks: uint8 [n_rows, row_bytes]. Adds a relative error of about 0.012 for normally distributed inputs, and several
-    times that if a few columns of x are much larger than the others.
-    """
-    stored = decoded(workspace, blocks, type, (blocks.shape[0], x.shape[-1]), torch.int8, scales.factors)
-    return comfy_kitchen.int8_linear(x, stored, scales.scales, bias, x.dtype)
+
+PRODUCTS = {torch.float8_e4m3fn: _product_fp8, torch.int8: _product_int8}
 
 
 @torch.library.custom_op("gguf_native::linear_eight_bits", mutates_args=())
@@ -255,8 +256,7 @@ def linear_eight_bits_op(
     scales: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    product = linear_int8 if dtype == torch.int8 else linear_fp8
-    return product(x, blocks, type, bias, RowScales(factors, scales), None)
+    return _eight_bits(x, blocks, type, bias, RowScales(factors, scales), dtype, None)
 
 
 @linear_eight_bits_op.register_fake

@@ -137,7 +137,7 @@ def test_a_product_that_the_library_lacks_is_a_reason(monkeypatch):
         raise RuntimeError("not supported on your device")
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setitem(METHODS, "fp8", METHODS["fp8"]._replace(run=lacking))
+    monkeypatch.setitem(matmul.PRODUCTS, torch.float8_e4m3fn, lacking)
     compute._why_not_on.cache_clear()
     reason = compute._why_not_on("fp8", torch.device("cpu"))
     compute._why_not_on.cache_clear()
