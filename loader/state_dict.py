@@ -1,7 +1,6 @@
 """From a GGUF file to the state dict that ComfyUI loads: packed matrices and plain tensors, as views of the file."""
 
 import logging
-import math
 import threading
 from collections.abc import Mapping
 
@@ -12,9 +11,8 @@ import torch
 
 from ..ops.dequantize import dequantize
 from ..ops.layout import pack
-from .architectures import LEADING_ONES
-from .errors import OriginalShapeError
 from .gguf_file import GGUFFile, TensorInfo, open_gguf
+from .original_shape import logical_shape
 
 log = logging.getLogger("gguf_native")
 
@@ -47,31 +45,13 @@ def read_state_dict(path: str, streaming: bool = True) -> tuple[dict[str, torch.
 
 
 def _tensor(file: GGUFFile, info: TensorInfo) -> torch.Tensor:
-    shape = _logical_shape(file, info)
+    shape = logical_shape(file, info)
     data = file.read(info.name)
     if info.type in PLAIN:
         return data.view(PLAIN[info.type]).view(shape)
     if info.name.endswith(".weight") and len(shape) > 1:
         return pack(data, info.type, shape, UNDECIDED)
     return dequantize(data, info.type, shape)
-
-
-def _logical_shape(file: GGUFFile, info: TensorInfo) -> tuple[int, ...]:
-    key = f"comfy.gguf.orig_shape.{info.name}"
-    if key not in file.metadata:
-        for suffix, n_dims in LEADING_ONES.items():
-            if info.name.endswith(suffix) and len(info.shape) < n_dims:
-                return (1,) * (n_dims - len(info.shape)) + info.shape
-        return info.shape
-    shape = file.metadata[key]
-    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise OriginalShapeError(f"{file.path.name}: '{key}' is {shape!r}; expected an array of positive integers.")
-    if math.prod(shape) != math.prod(info.shape):
-        raise OriginalShapeError(
-            f"{file.path.name}: '{key}' is {shape}, but the tensor is stored as {list(info.shape)}; both must hold as "
-            "many values. The converter wrote a wrong shape; convert the model again."
-        )
-    return tuple(shape)
 
 
 def _host_can_stream() -> bool:

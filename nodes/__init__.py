@@ -8,9 +8,12 @@ import nodes as host_nodes
 
 from . import folders
 from .apply_lora import LoraLoaderGGUF
+from .collect_importance import GGUFCollectImportance
 from .load_diffusion_model import UnetLoaderGGUF, UnetLoaderGGUFAdvanced
 from .load_text_encoder import CLIPLoaderGGUF, DualCLIPLoaderGGUF, QuadrupleCLIPLoaderGGUF, TripleCLIPLoaderGGUF
 from .load_vae import VAELoaderGGUF
+from .quantize import GGUFQuantize
+from .recommend import GGUFRecommend
 
 log = logging.getLogger("gguf_native")
 
@@ -23,6 +26,9 @@ NODES: list[type[io.ComfyNode]] = [
     QuadrupleCLIPLoaderGGUF,
     VAELoaderGGUF,
     LoraLoaderGGUF,
+    GGUFQuantize,
+    GGUFCollectImportance,
+    GGUFRecommend,
 ]
 
 

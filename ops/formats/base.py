@@ -10,8 +10,9 @@ class BlockFormat:
 
     `number` is the type's number in a GGUF file, `block_size` the values and `block_bytes` the bytes of one block.
     A type that can be written too has `encode(values, importance=None)`: float32 [n, block_size], importance likewise
-    or None for ggml's own weighting -> uint8 [n, block_bytes], with the bytes of ggml. Types without a search ignore
-    importance; where `energy_of_row` is set, it stands for the weights that exact.with_energy gives for whole rows.
+    or None for ggml's own weighting -> uint8 [n, block_bytes], with the bytes of ggml (IQ2_* and IQ3_*: at most ggml's
+    error). Types without a search ignore importance; where `energy_of_row` is set, it stands for the weights that
+    exact.with_energy gives for whole rows. Encoding with less error than ggml's is in refine.py.
     """
 
     number: int

@@ -8,6 +8,7 @@ import torch
 from .base import BlockFormat, bit_fields, half, half_bytes, pack_fields, pack_planes, reinterpret, shifts
 from .codebooks import look_up
 from .exact import finite_quotient, largest, nearest, with_energy
+from .grid_search import search_grid
 from .search import nearest_codes, search_codebook
 
 
@@ -58,6 +59,7 @@ class IQ2_XXS(BlockFormat):
     """
 
     number, block_size, block_bytes = 16, 256, 66
+    group_size, unit, even_signs, searches = 32, 0.125, True, 3
 
     @classmethod
     def decode_into(cls, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -67,6 +69,12 @@ class IQ2_XXS(BlockFormat):
         values = look_up("IQ2_XXS", qs[..., :4]).mul_(signs)
         torch.mul(values, db[..., None, None], out=out.unflatten(1, (8, 4, 8)))
 
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        d, scale, index, signs = search_grid(cls, values, importance)
+        qs = torch.cat((index.to(torch.uint8).view(-1, 8, 4), pack_even_signs_and_scale(signs, scale)), 2).flatten(1)
+        return zero_where_d_is(torch.cat((d.view(torch.uint8), qs), 1))
+
 
 class IQ2_XS(BlockFormat):
     """d: f16 | qs: 32 x u16 | scales: 8 B of nibbles, low first -> 256 values d * (scale + 1/2) / 4 * grid * sign
@@ -75,6 +83,7 @@ class IQ2_XS(BlockFormat):
     """
 
     number, block_size, block_bytes = 17, 256, 74
+    group_size, unit, even_signs, searches = 16, 0.125, True, 3
 
     @classmethod
     def decode_into(cls, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -82,6 +91,12 @@ class IQ2_XS(BlockFormat):
         db = d * (bit_fields(scales, 4).float() + 0.5) * 0.25
         values = look_up("IQ2_XS", qs & 511).mul_(look_up("EVEN_SIGNS", (qs >> 9) & 127))
         torch.mul(values.unflatten(1, (16, 2)), db[..., None, None], out=out.unflatten(1, (16, 2, 8)))
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        d, scale, index, signs = search_grid(cls, values, importance)
+        qs = (index | (signs & 127).long() << 9).to(torch.int16).view(torch.uint8)
+        return zero_where_d_is(torch.cat((d.view(torch.uint8), qs, pack_fields(scale, 4)), 1))
 
 
 class IQ2_S(BlockFormat):
@@ -91,6 +106,7 @@ class IQ2_S(BlockFormat):
     """
 
     number, block_size, block_bytes = 22, 256, 82
+    group_size, unit, even_signs, searches = 16, 0.125, False, 2
 
     @classmethod
     def decode_into(cls, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -100,6 +116,12 @@ class IQ2_S(BlockFormat):
         values = look_up("IQ2_S", index).mul_(look_up("SIGNS", signs))
         torch.mul(values.unflatten(1, (16, 2)), db[..., None, None], out=out.unflatten(1, (16, 2, 8)))
 
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        d, scale, index, signs = search_grid(cls, values, importance)
+        qs, qh = index.to(torch.uint8), pack_fields((index >> 8).to(torch.uint8), 2)
+        return zero_where_d_is(torch.cat((d.view(torch.uint8), qs, signs, qh, pack_fields(scale, 4)), 1))
+
 
 class IQ3_XXS(BlockFormat):
     """d: f16 | qs: 64 B | signs and scales: 8 x u32 as in IQ2_XXS -> 256 values d * (scale + 1/2) / 2 * grid * sign
@@ -108,6 +130,7 @@ class IQ3_XXS(BlockFormat):
     """
 
     number, block_size, block_bytes = 18, 256, 98
+    group_size, unit, even_signs, searches = 32, 0.25, True, 3
 
     @classmethod
     def decode_into(cls, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -116,6 +139,12 @@ class IQ3_XXS(BlockFormat):
         db = d * (scale + 0.5) * 0.5
         values = look_up("IQ3_XXS", qs).view_as(signs).mul_(signs)
         torch.mul(values, db[..., None, None], out=out.unflatten(1, (8, 4, 8)))
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        d, scale, index, signs = search_grid(cls, values, importance)
+        signs_and_scales = pack_even_signs_and_scale(signs, scale).flatten(1)
+        return zero_where_d_is(torch.cat((d.view(torch.uint8), index.to(torch.uint8), signs_and_scales), 1))
 
 
 class IQ3_S(BlockFormat):
@@ -126,6 +155,7 @@ class IQ3_S(BlockFormat):
     """
 
     number, block_size, block_bytes = 21, 256, 110
+    group_size, unit, even_signs, searches = 32, 1, False, 2
 
     @classmethod
     def decode_into(cls, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -135,6 +165,12 @@ class IQ3_S(BlockFormat):
         signs = look_up("SIGNS", signs)
         values = look_up("IQ3_S", index).view_as(signs).mul_(signs)
         torch.mul(values.unflatten(1, (8, 4)), db[..., None, None], out=out.unflatten(1, (8, 4, 8)))
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        d, scale, index, signs = search_grid(cls, values, importance)
+        qs, qh = index.to(torch.uint8), pack_fields((index >> 8).to(torch.uint8), 1)
+        return zero_where_d_is(torch.cat((d.view(torch.uint8), qs, qh, signs, pack_fields(scale, 4)), 1))
 
 
 class IQ4_NL(BlockFormat):
@@ -197,3 +233,16 @@ def even_signs_and_scale(field: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     words = reinterpret(field, torch.int32)
     steps = shifts(range(0, 28, 7), torch.int32, field.device)
     return look_up("EVEN_SIGNS", (words >> steps) & 127), ((words.squeeze(-1) >> 28) & 15).float()
+
+
+def pack_even_signs_and_scale(signs: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Sign bits uint8 [n, 32] and scales uint8 [n, 8] -> uint8 [n, 8, 4]: the inverse of even_signs_and_scale."""
+    fields = (signs & 127).int().view(-1, 8, 4)
+    steps = shifts(range(0, 28, 7), torch.int32, signs.device)
+    words = (fields << steps).sum(2, dtype=torch.int32) | scale.int() << 28
+    return words.unsqueeze(2).view(torch.uint8)
+
+
+def zero_where_d_is(blocks: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, block_bytes] that start with d: nothing but zeros where that is zero."""
+    return blocks.masked_fill_(half(blocks[:, :2]) == 0, 0)

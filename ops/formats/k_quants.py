@@ -43,7 +43,10 @@ class Q2_K(BlockFormat):
 
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        d_dmin, scales_and_mins, q = fit_with_minimum(cls, values, importance)
+        return cls.pack(*fit_with_minimum(cls, values, importance))
+
+    @classmethod
+    def pack(cls, d_dmin: torch.Tensor, scales_and_mins: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         qs = pack_planes(q.view(-1, 2, 4, 32), 2).flatten(1)
         return torch.cat((pack_planes(scales_and_mins, 4), qs, d_dmin), 1)
 
@@ -79,7 +82,10 @@ class Q3_K(BlockFormat):
             exact, searched = make_qx_quants(groups, 4, weights)
             d, scale = make_qx_quants(exact.view(-1, 16), 32, sum_rows(weights.unbind(1)).view(-1, 16))
             d = d.unsqueeze(1)
-        q = codes_again(groups, d.half().float() * (scale.int() - 32), searched, 4)
+        return cls.pack(d, scale, codes_again(groups, d.half().float() * (scale.int() - 32), searched, 4))
+
+    @classmethod
+    def pack(cls, d: torch.Tensor, scale: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         low, high = pack_planes((scale & 15).view(-1, 2, 8), 4), pack_planes((scale >> 4).view(-1, 4, 4), 2)
         hmask, qs = pack_planes(q.view(-1, 8, 32) >> 2, 1), pack_planes((q & 3).view(-1, 2, 4, 32), 2).flatten(1)
         return torch.cat((hmask, qs, low, high, half_bytes(d)), 1)
@@ -104,7 +110,10 @@ class Q4_K(BlockFormat):
 
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        d_dmin, scales_and_mins, q = fit_with_minimum(cls, values, importance)
+        return cls.pack(*fit_with_minimum(cls, values, importance))
+
+    @classmethod
+    def pack(cls, d_dmin: torch.Tensor, scales_and_mins: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         qs = pack_planes(q.view(-1, 4, 2, 32), 4).flatten(1)
         return torch.cat((d_dmin, pack_six_bit(scales_and_mins), qs), 1)
 
@@ -128,7 +137,10 @@ class Q5_K(BlockFormat):
 
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        d_dmin, scales_and_mins, q = fit_with_minimum(cls, values, importance)
+        return cls.pack(*fit_with_minimum(cls, values, importance))
+
+    @classmethod
+    def pack(cls, d_dmin: torch.Tensor, scales_and_mins: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         qh, qs = pack_planes(q.view(-1, 8, 32) >> 4, 1), pack_planes((q & 15).view(-1, 4, 2, 32), 4).flatten(1)
         return torch.cat((d_dmin, pack_six_bit(scales_and_mins), qh, qs), 1)
 
@@ -157,10 +169,13 @@ class Q6_K(BlockFormat):
         exact = exact.view(-1, 16)
         d, scale = scales_by_greatest(exact, nmax=128)
         q = codes_again(groups, d.half().float() * scale, searched, 32)
-        ql, qh = pack_planes((q & 15).view(-1, 2, 2, 64), 4), pack_planes((q >> 4).view(-1, 2, 4, 32), 2)
-        blocks = torch.cat((ql.flatten(1), qh.flatten(1), scale.to(torch.int8).view(torch.uint8), half_bytes(d)), 1)
         empty = exact.abs().amax(1, keepdim=True) < GROUP_MAX_EPS
-        return blocks.masked_fill_(empty, 0)
+        return cls.pack(d, scale.to(torch.int8).view(torch.uint8), q).masked_fill_(empty, 0)
+
+    @classmethod
+    def pack(cls, d: torch.Tensor, scale: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        ql, qh = pack_planes((q & 15).view(-1, 2, 2, 64), 4), pack_planes((q >> 4).view(-1, 2, 4, 32), 2)
+        return torch.cat((ql.flatten(1), qh.flatten(1), scale, half_bytes(d)), 1)
 
 
 def six_bit_scales_and_mins(scales: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,10 @@ class Q4_0(BlockFormat):
 
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        d, q = fit(values, importance, 8)
+        return cls.pack(*fit(values, importance, 8))
+
+    @classmethod
+    def pack(cls, d: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return torch.cat((half_bytes(d), pack_nibbles(q)), 1)
 
 
@@ -43,7 +46,10 @@ class Q4_1(BlockFormat):
 
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        d, m, q = fit_with_minimum(values, importance, 15)
+        return cls.pack(*fit_with_minimum(values, importance, 15))
+
+    @classmethod
+    def pack(cls, d: torch.Tensor, m: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return torch.cat((half_bytes(d), half_bytes(m), pack_nibbles(q)), 1)
 
 
@@ -61,7 +67,10 @@ class Q5_0(BlockFormat):
 
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        d, q = fit(values, importance, 16)
+        return cls.pack(*fit(values, importance, 16))
+
+    @classmethod
+    def pack(cls, d: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return torch.cat((half_bytes(d), pack_fields(q >> 4, 1), pack_nibbles(q & 15)), 1)
 
 
@@ -79,7 +88,10 @@ class Q5_1(BlockFormat):
 
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-        d, m, q = fit_with_minimum(values, importance, 31)
+        return cls.pack(*fit_with_minimum(values, importance, 31))
+
+    @classmethod
+    def pack(cls, d: torch.Tensor, m: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return torch.cat((half_bytes(d), half_bytes(m), pack_fields(q >> 4, 1), pack_nibbles(q & 15)), 1)
 
 
@@ -96,8 +108,11 @@ class Q8_0(BlockFormat):
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         d = divide(values.abs().amax(1, keepdim=True), 127)
-        q = round_half_away(values * finite_quotient(1, d)).to(torch.int8)
-        return torch.cat((half_bytes(d), q.view(torch.uint8)), 1)
+        return cls.pack(d, round_half_away(values * finite_quotient(1, d)).to(torch.int8).view(torch.uint8))
+
+    @classmethod
+    def pack(cls, d: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return torch.cat((half_bytes(d), q), 1)
 
 
 def five_bit_codes(qs: torch.Tensor, qh: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,8 @@ def make_qx_quants(
     groups: float32 [n, k]; weights: likewise, or None for the squares of the values -> scale [n], codes [n, k] in
     0 ... 2 nmax - 1, for values scale * (code - nmax).
     """
-    x, peak = columns(groups), largest(groups)
+    x = columns(groups)
+    peak = largest(x.t())
     w = x * x if weights is None else columns(weights)
     wx = w * x
     sums, codes = x.new_empty(x.shape[0], 2, x.shape[1]), torch.empty_like(x)
@@ -55,7 +56,8 @@ def make_q3_quants(groups: torch.Tensor, nmax: int) -> tuple[torch.Tensor, torch
 
     Arguments and result as of make_qx_quants.
     """
-    x, peak = columns(groups), largest(groups)
+    x = columns(groups)
+    peak = largest(x.t())
     codes = nearest(x * finite_quotient(-nmax, peak), -nmax, nmax - 1)
     scale = descend(x, x * x, codes, -nmax, nmax - 1, rest_above=float("-inf"))
     empty = peak.abs() < GROUP_MAX_EPS
@@ -67,7 +69,8 @@ def make_qp_quants(groups: torch.Tensor, weights: torch.Tensor, nmax: int) -> tu
 
     groups, weights: float32 [n, k] -> scale [n], codes [n, k] in 0 ... nmax.
     """
-    x, w, peak = columns(groups), columns(weights), groups.amax(1)
+    x, w = columns(groups), columns(weights)
+    peak = x.amax(0)
     best_inverse = best_error = None
     for step in (0, *range(-4, 0), *range(1, 5)):
         inverse = finite_quotient((torch.tensor(0.1) * step + nmax).to(x.device), peak)
@@ -90,18 +93,23 @@ def descend(
 
     [k, n] each; a code stays where the weighted squares of the others sum up to `rest_above` or less.
     """
-    wx = w * x
-    sumlx, suml2 = sum_rows(torch.stack((wx * codes, w * codes * codes), 1).unbind(0))
-    going = torch.arange(len(sumlx), device=x.device)
+    terms = x.new_empty(len(x), 2, x.shape[1])
+    wx, slx, sl2 = w * x, *terms.unbind(1)
+    torch.mul(wx, codes, out=slx)
+    torch.mul(w, codes, out=sl2).mul_(codes)
+    sums = sumlx, suml2 = sum_rows(terms.unbind(0))
+    # Most groups stay as they are: those where no code would move by the sums of before the first round.
+    torch.sub(sums, terms, out=terms)
+    going = (nearest(sl2.mul_(x).div_(slx), low, high) != codes).any(0).nonzero().squeeze(1)
     for _ in range(5):
+        if not len(going):
+            break
         moved = tuple(item.index_select(-1, going) for item in (codes, sumlx, suml2))
         fixed = tuple(item.index_select(-1, going) for item in (x, w, wx))
         changed = descend_once(*fixed, *moved, low, high, rest_above)
         for item, part in zip((codes, sumlx, suml2), moved, strict=True):
             item.index_copy_(-1, going, part)
         going = going[changed]
-        if not len(going):
-            break
     return torch.where(suml2 > 0, sumlx / suml2, 0)
 
 
@@ -118,17 +126,22 @@ def descend_once(
 ) -> torch.Tensor:
     """One round over the codes [k, n], which change in place as their sums [n] do -> bool [n]: which groups changed."""
     changed = torch.zeros_like(suml2, dtype=torch.bool)
+    slx, sl2, new, term, square = (torch.empty_like(suml2) for _ in range(5))
+    better, holds = torch.empty_like(changed), torch.empty_like(changed)
     for value, weight, weighted, code in zip(x, w, wx, codes, strict=True):
-        slx = sumlx - weighted * code
-        sl2 = suml2 - weight * code * code
-        new = nearest(value * sl2 / slx, low, high)
-        new_slx = slx + weighted * new
-        new_sl2 = sl2 + weight * new * new
-        better = new_slx * new_slx * suml2 > sumlx * sumlx * new_sl2
-        better &= (slx > 0) & (sl2 > rest_above) & (new != code) & (new_sl2 > 0)
-        for old, found in ((code, new), (sumlx, new_slx), (suml2, new_sl2)):
-            old.copy_(torch.where(better, found, old))
-        changed |= better
+        torch.sub(sumlx, torch.mul(weighted, code, out=term), out=slx)
+        torch.sub(suml2, torch.mul(weight, code, out=term).mul_(code), out=sl2)
+        nearest(torch.mul(value, sl2, out=new).div_(slx), low, high)
+        torch.gt(slx, 0, out=better).logical_and_(torch.gt(sl2, rest_above, out=holds))
+        better.logical_and_(torch.ne(new, code, out=holds))
+        slx.add_(torch.mul(weighted, new, out=term))
+        sl2.add_(torch.mul(weight, new, out=term).mul_(new))
+        better.logical_and_(torch.gt(sl2, 0, out=holds))
+        rest = torch.mul(sumlx, sumlx, out=term).mul_(sl2)
+        better.logical_and_(torch.gt(torch.mul(slx, slx, out=square).mul_(suml2), rest, out=holds))
+        for old, found in ((code, new), (sumlx, slx), (suml2, sl2)):
+            torch.where(better, found, old, out=old)
+        changed.logical_or_(better)
     return changed
 
 
@@ -144,7 +157,8 @@ def make_qkx2_quants(
     groups, weights: float32 [n, k]; steps: (rmin, rdelta, nstep), the tries being (nmax + rmin + rdelta * i) / range;
     penalty: of a difference -> scale [n], min [n] (of which the negative is added), codes [n, k] in 0 ... nmax.
     """
-    x, w, low, high = columns(groups), columns(weights), smallest(groups), groups.amax(1)
+    x, w = columns(groups), columns(weights)
+    low, high = smallest(x.t()), x.amax(0)
     low = torch.where(low > 0, 0, low)
     inverse = divide(nmax, (high - low).add_(0.0))
     scale, inverse = divide(1, inverse), torch.where(inverse.isinf(), 0, inverse)
@@ -188,7 +202,8 @@ def search_codebook(groups: torch.Tensor, weights: torch.Tensor | None = None) -
 
     The weights are the squares of the values if None. ggml's name for it is quantize_row_iq4_nl_impl.
     """
-    x, peak = columns(groups), largest(groups)
+    x = columns(groups)
+    peak = largest(x.t())
     w = x * x if weights is None else columns(weights)
     sums = x.new_empty(x.shape[0], 2, x.shape[1])
     terms = sums.unbind(0)

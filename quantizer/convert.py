@@ -1,0 +1,131 @@
+"""From a model file to a GGUF file: one tensor after the other, from the source through the device to the disk."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..ops.formats import is_packed
+from ..ops.quantize import quantize
+from .fit_size import CANDIDATES, Bits, Size, plan_for_size
+from .importance import read_importance
+from .metadata import metadata, recipe
+from .parts import take_part
+from .plan import PlannedTensor, plan_tensors
+from .recipes import file_type, number_of
+from .refusals import architecture_and_tag, check_finite, check_importance, check_space, check_target
+from .source import Source, SourceTensor, read_ahead
+from .sources import open_source
+from .writer import header, into_shards, shard_names, write_gguf
+
+# Values quantised at once: what a device holds of a tensor, in float32 and as the search needs it.
+VALUES_PER_SLICE = 1 << 24
+# How much longer the account of the types in a header may become when they change.
+ROOM_FOR_RECIPE = 512
+
+# Called after each slice with the source's bytes done so far and in all. What it raises ends the conversion.
+OnProgress = Callable[[int, int], None]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    type: str | Size | Bits,
+    *,
+    part: str | None = None,
+    importance: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+    progress: OnProgress | None = None,
+    split_max_bytes: int = 0,
+    architecture: str | None = None,
+    force: bool = False,
+) -> list[Path]:
+    """Write a model as GGUF of a file type and return the files written (several where it is split).
+
+    source: safetensors (also in shards), a torch checkpoint or GGUF. type: a key of FILE_TYPES, or a size for which
+    each matrix gets its own type, see `plan_for_size`. part: of a full checkpoint, see `take_part`. importance: a file
+    for `read_importance`. architecture: for models that are not known. force: replace a file that is there. Raises
+    QuantizerError and GGUFError kinds; then there is no new file.
+    """
+    row = file_type(type if isinstance(type, str) else CANDIDATES[0])
+    model = take_part(open_source(source), part)
+    name, tag = architecture_and_tag(model, architecture)
+    inputs = [*model.paths, *([Path(importance)] if importance is not None else [])]
+    if not split_max_bytes:
+        check_target([Path(target)], inputs, force)
+    weights = read_importance(importance) if importance is not None else {}
+    planned, number = plan_tensors(model.tensors, name, row), row.number
+    check_importance(weights, planned, importance)
+    about = {} if importance is None else {"importance": Path(importance).name}
+    if isinstance(type, str):
+        about["type"] = type
+    else:
+        about["size"], room = room_for_tensors(type, model, planned, tag, about)
+        report = Progress(progress, planned)
+        planned, about["error"] = plan_for_size(model, name, room, weights, device, report.advance)
+        number = number_of(planned)
+    shards = into_shards(planned, split_max_bytes)
+    paths = shard_names(Path(target), len(shards))
+    check_target(paths, inputs, force)
+    check_space(paths[0], planned)
+    pairs = metadata(model, planned, tag, number, recipe(planned, about))
+    report = Progress(progress, planned)
+    contents = read_ahead(tensor.source for tensor in planned)
+    packed = partial(pack_tensor, contents=contents, importance=weights, device=device, report=report, file=model.name)
+    try:
+        write_gguf(paths, pairs, shards, packed)
+    finally:
+        contents.close()
+    return paths
+
+
+def room_for_tensors(
+    size: Size | Bits, model: Source, planned: list[PlannedTensor], tag: str, about: Mapping[str, object]
+) -> tuple[int, int]:
+    """(bytes of a whole file, those that are left for its tensors)"""
+    n_bytes = size.n_bytes(sum(tensor.source.n_values for tensor in planned))
+    pairs = metadata(model, planned, tag, 0, recipe(planned, about))
+    return n_bytes, n_bytes - len(header(pairs, planned)) - ROOM_FOR_RECIPE
+
+
+class Progress:
+    """Counts the source's bytes and tells whoever asked."""
+
+    def __init__(self, report: OnProgress | None, planned: list[PlannedTensor]):
+        self.report = report
+        self.done, self.total = 0, sum(size_of(tensor.source) for tensor in planned)
+
+    def advance(self, n_bytes: int) -> None:
+        self.done += n_bytes
+        if self.report is not None:
+            self.report(self.done, self.total)
+
+
+def pack_tensor(
+    tensor: PlannedTensor,
+    contents: Iterator[torch.Tensor],
+    importance: Mapping[str, torch.Tensor],
+    device: str | torch.device,
+    report: Progress,
+    file: str,
+) -> Iterator[torch.Tensor]:
+    """The bytes of one tensor, slice by slice of its rows. Raises NotFiniteError."""
+    rows = next(contents).reshape(-1, tensor.shape[-1])
+    weights = importance.get(tensor.name) if is_packed(tensor.type) and tensor.shape == tensor.source.shape else None
+    step = max(1, VALUES_PER_SLICE // tensor.shape[-1])
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step].to(device)
+        if some.is_floating_point():
+            some = some.float() if some.dtype == torch.float64 else some
+            check_finite(some, start * tensor.shape[-1], tensor, file)
+            yield quantize(some, tensor.type, weights).cpu()
+        else:
+            yield some.cpu().contiguous().view(torch.uint8)
+        report.advance(some.numel() * tensor.source.dtype.itemsize)
+
+
+def size_of(source: SourceTensor) -> int:
+    """Bytes that a source tensor's values take."""
+    return source.n_values * source.dtype.itemsize

@@ -1,0 +1,144 @@
+"""A type for each matrix within a size: the allocation is near the best there is, and beats the fixed recipes."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from gguf_native.loader import open_gguf
+from gguf_native.ops import dequantize
+from gguf_native.quantizer import convert
+from gguf_native.quantizer.allocation import Choice, allocate, lower_hull
+from gguf_native.quantizer.errors import NotFiniteError, TargetError
+from gguf_native.quantizer.fit_size import Bits, Size
+from gguf_native.quantizer.importance import write_importance
+from safetensors.torch import save_file
+
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+
+
+def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Of a spread that differs by column, as real weights have it."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.rand(columns, generator=generator) ** (seed % 4) * 0.05
+    return torch.randn(rows, columns, generator=generator) * spread
+
+
+def flux() -> dict[str, torch.Tensor]:
+    """Matrices of Flux's names in three double and four single blocks, and one that is kept."""
+    seeds = itertools.count()
+    double = {"img_attn.qkv": (384, 256), "img_mlp.2": (256, 512), "img_attn.proj": (256, 256)}
+    single = {"linear1": (512, 256), "linear2": (256, 512)}
+    tensors = {"img_in.weight": matrix(256, 64, 0)}
+    for series, count, layers in (("double_blocks", 3, double), ("single_blocks", 4, single)):
+        for block, (layer, shape) in itertools.product(range(count), layers.items()):
+            tensors[f"{series}.{block}.{layer}.weight"] = matrix(*shape, next(seeds))
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "flux.safetensors"
+    save_file(flux(), path)
+    return path
+
+
+def values_of(path) -> dict[str, tuple[str, torch.Tensor]]:
+    with open_gguf(path) as file:
+        return {
+            name: (info.type, dequantize(file.read(name), info.type, info.shape)) for name, info in file.tensors.items()
+        }
+
+
+def total_error(path) -> float:
+    """Sum over the matrices of their relative squared errors."""
+    originals, total = flux(), 0.0
+    for name, (type_name, values) in values_of(path).items():
+        if type_name in TYPES:
+            original = originals[name].double()
+            total += float((values.double() - original).square().sum() / original.square().sum())
+    return total
+
+
+@pytest.mark.parametrize("recipe", ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M"])
+def test_the_same_bytes_hold_less_error_than_a_recipe(source, tmp_path, recipe):
+    (fixed,) = convert(source, tmp_path / "fixed.gguf", recipe)
+    (fitted,) = convert(source, tmp_path / "fitted.gguf", Size(fixed.stat().st_size + 600))
+    assert fitted.stat().st_size <= fixed.stat().st_size + 600
+    assert total_error(fitted) < 0.97 * total_error(fixed)
+
+
+def test_the_account_in_the_file_is_true(source, tmp_path):
+    (fitted,) = convert(source, tmp_path / "fitted.gguf", Bits(5.0))
+    with open_gguf(fitted) as file:
+        recipe = json.loads(file.metadata["gguf_native.recipe"])
+        types = [info.type for info in file.tensors.values()]
+    n_values = sum(tensor.numel() for tensor in flux().values())
+    assert recipe["size"] == int(n_values * 5.0 / 8) >= fitted.stat().st_size > 0.93 * recipe["size"]
+    assert recipe["error"] == pytest.approx(total_error(fitted), rel=1e-4)
+    assert recipe["tensors"] == {name: types.count(name) for name in set(types)}
+    assert values_of(fitted)["img_in.weight"][0] in ("F32", "BF16", "F16")
+
+
+def test_the_same_input_gives_the_same_file(source, tmp_path):
+    (first,) = convert(source, tmp_path / "first.gguf", Bits(4.5))
+    (second,) = convert(source, tmp_path / "second.gguf", Bits(4.5))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_too_small_a_size_names_the_smallest(source, tmp_path):
+    with pytest.raises(TargetError, match="is too small") as caught:
+        convert(source, tmp_path / "fitted.gguf", Size(50_000))
+    assert "Q2_K" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_that_is_not_finite_is_named(tmp_path):
+    tensors = flux()
+    tensors["single_blocks.2.linear1.weight"][3, 17] = float("nan")
+    save_file(tensors, tmp_path / "damaged.safetensors")
+    with pytest.raises(NotFiniteError, match=r"'single_blocks\.2\.linear1\.weight' has nan at index \[3, 17\]"):
+        convert(tmp_path / "damaged.safetensors", tmp_path / "out.gguf", Bits(5))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_importance_of_nothing_counts_all_columns_alike(source, tmp_path):
+    name = "double_blocks.0.img_attn.qkv.weight"
+    write_importance(tmp_path / "zero.gguf", {name: torch.zeros(256)}, {name: 1}, "test")
+    (plain,) = convert(source, tmp_path / "plain.gguf", Bits(5))
+    (weighted,) = convert(source, tmp_path / "weighted.gguf", Bits(5), importance=tmp_path / "zero.gguf")
+    assert values_of(weighted)[name][0] == values_of(plain)[name][0]
+
+
+def test_hulls_leave_out_what_does_not_pay():
+    small, dearer, useless, large = (
+        Choice("a", 10, 1.0),
+        Choice("b", 20, 0.9),
+        Choice("c", 25, 0.95),
+        Choice("d", 30, 0.1),
+    )
+    assert lower_hull([large, useless, dearer, small]) == [small, large]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_allocation_is_near_the_best_of_all_combinations(seed):
+    rng = random.Random(seed)
+    choices = {}
+    for name in "abcde":
+        size, error = rng.randint(50, 400), rng.uniform(0.1, 4)
+        sizes_and_errors = ((2.6, 0.3), (3.4, 0.15), (4.5, 0.07), (5.5, 0.036), (6.6, 0.018))
+        choices[name] = [Choice(str(bits), int(size * bits), error * part) for bits, part in sizes_and_errors]
+    smallest, largest = (sum(options[end].nbytes for options in choices.values()) for end in (0, -1))
+    budget = rng.randint(smallest, largest)
+    found = allocate(choices, budget)
+    assert sum(choice.nbytes for choice in found.values()) <= budget
+    fitting = (
+        sum(choice.error for choice in combination)
+        for combination in itertools.product(*choices.values())
+        if sum(choice.nbytes for choice in combination) <= budget
+    )
+    best = min(fitting)
+    # The relaxation's gap is one step of one matrix.
+    steps = [options[i].error - options[i + 1].error for options in choices.values() for i in range(4)]
+    assert best <= sum(choice.error for choice in found.values()) <= best + max(steps)
