@@ -105,8 +105,7 @@ TABLE = (
         "quant_cache_size",
         whole_number(0, "megabytes"),
         256,
-        "Megabytes of decoded weights kept on the GPU per model, which saves decoding them every step; 0 keeps none.",
-        in_effect=False,
+        "Megabytes of decoded weights that a model keeps while it samples, if all its weights fit; 0 keeps none.",
     ),
     Setting(
         "max_parallel_models",

@@ -5,17 +5,20 @@ from functools import cache
 from typing import NamedTuple
 
 import comfy.lora
+import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.utils
 import torch
 
+from ..config import settings
+from ..ops.cache import DecodedCache
 from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.layout import is_packed
 from ..ops.lora import side_path
 from ..ops.matmul import Workspace
 from . import residency
-from .residency import ATTACHMENT
+from .residency import ATTACHMENT, DIFFUSION
 
 log = logging.getLogger("gguf_native")
 
@@ -37,6 +40,18 @@ class PackedPatching:
     def partially_load(self, device_to, *args, **kwargs):
         residency.make_room(self)
         return super().partially_load(device_to, *args, **kwargs)
+
+    def loaded_size(self):
+        cache = cache_of(self.model)
+        return super().loaded_size() + (cache.nbytes if cache is not None else 0)
+
+    def partially_unload(self, device_to, memory_to_free=0, *args, **kwargs):
+        """Decoded weights leave before packed ones: they only save time."""
+        cache = cache_of(self.model)
+        given_up = cache.give_up() if cache is not None else 0
+        if given_up >= memory_to_free > 0:
+            return given_up
+        return given_up + super().partially_unload(device_to, memory_to_free - given_up, *args, **kwargs)
 
     def detach(self, unpatch_all=True):
         model = super().detach(unpatch_all)
@@ -124,7 +139,8 @@ def adopt(
     patch_on_device: keep adapters without a low-rank form on the GPU instead of sending them for every use.
     compute: of compute.COMPUTE, for the layers of the model's repeated blocks; all others compute exactly.
     """
-    workspace = Workspace()
+    cache = DecodedCache(settings().quant_cache_size << 20, room_for_decoded) if role == DIFFUSION else None
+    workspace = Workspace(cache=cache)
     for layer in packed_layers(patcher.model).values():
         layer.workspace = workspace
     for layer in block_layers(patcher.model):
@@ -137,6 +153,22 @@ def adopt(
 def _adopt_clone(_, patcher):
     patcher.__class__ = ModelPatcherDynamic if patcher.is_dynamic() else ModelPatcher
     return patcher
+
+
+def cache_of(model: torch.nn.Module) -> DecodedCache | None:
+    """The one that the layers of a diffusion model share."""
+    for layer in model.modules():
+        if isinstance(layer, PackedWeight) and layer.workspace is not None:
+            return layer.workspace.cache
+    return None
+
+
+def room_for_decoded(device: torch.device) -> int:
+    """Bytes that neither the host's reserve for sampling needs nor torch holds for the activations of the next step."""
+    free, held_by_torch = mm.get_free_memory(device, torch_free_too=True)
+    # Of system memory the host gives the same number twice.
+    taken = 0 if mm.is_device_cpu(device) or mm.is_device_mps(device) else held_by_torch
+    return int(free - taken - mm.minimum_inference_memory())
 
 
 def packed_layer(model: torch.nn.Module, key: str) -> PackedWeight | None:

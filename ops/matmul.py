@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor.base import QuantizedTensor
 
+from .cache import DecodedCache
 from .dequantize import decode_into, dequantize, dequantize_rows, has_kernel
 from .eight_bits import RowScales, decode_scaled_into, quantize_rows_into
 from .formats import FORMAT_BY_NUMBER, FORMATS, BlockFormat
@@ -31,6 +32,7 @@ class Workspace:
 
     buffers: dict[tuple, torch.Tensor] = field(default_factory=dict)
     done: dict[tuple, tuple] = field(default_factory=dict)
+    cache: DecodedCache | None = None
 
     def decode(
         self,
@@ -41,6 +43,12 @@ class Workspace:
         factors: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Values of packed blocks, times a factor for each row if given: `dtype` of `shape`, valid until the next."""
+        kept = None if self.cache is None else self.cache.find(blocks, type, shape, dtype)
+        if kept is not None:
+            if not kept.filled:
+                decode(FORMATS[type], blocks, factors, kept.values)
+                kept.filled = True
+            return kept.values
         factors_at = None if factors is None else factors.data_ptr()
         key = (blocks.data_ptr(), type, shape, dtype, current_device(blocks), factors_at)
         if (done := self.done.get(key)) is not None:
@@ -81,6 +89,8 @@ class Workspace:
         """Give the memory back; the next use takes new."""
         self.done.clear()
         self.buffers.clear()
+        if self.cache is not None:
+            self.cache.reset()
 
 
 def current_device(tensor: torch.Tensor) -> int | None:

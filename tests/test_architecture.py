@@ -36,6 +36,7 @@ OPS_ORDER = (
     "quantize",
     "eight_bits",
     "layout",
+    "cache",
     "matmul",
     "compute",
     "lora",

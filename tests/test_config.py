@@ -237,9 +237,7 @@ def test_config_json_with_a_byte_order_mark(config_json):
 
 
 @pytest.mark.parametrize("source", ["config.json", "environment", "node input"])
-@pytest.mark.parametrize(
-    ("key", "value"), [("enable_cuda_graph", False), ("enable_cuda_graph", True), ("quant_cache_size", 0)]
-)
+@pytest.mark.parametrize(("key", "value"), [("enable_cuda_graph", False), ("enable_cuda_graph", True)])
 def test_a_setting_of_a_later_version_is_named_once(source, key, value, config_json, caplog):
     config_json.write_text(json.dumps({key: value} if source == "config.json" else {}))
     environ = {variable(key): str(value)} if source == "environment" else {}
