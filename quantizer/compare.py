@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ class Comparison(NamedTuple):
 
 
 def compare(file: GGUFFile, originals: Mapping[str, SourceTensor]) -> Comparison:
-    """Every tensor of the file with the original of the same name; one slice of a tensor is decoded at a time."""
+    """Every tensor of the file with the original of the same name; one slice of both is decoded at a time."""
     originals = {name: with_values(tensor) for name, tensor in originals.items() if can_be_stored(tensor)}
     names = original_names(file)
     shapes, differences = [], []
@@ -98,23 +98,16 @@ def original_name(name: str, table: Mapping[str, str]) -> str:
 def relative_error(file: GGUFFile, info: TensorInfo, original: SourceTensor) -> float | None:
     """The error of Difference."""
     difference, energy = 0.0, 0.0
-    values = original.read().flatten()
-    for start, decoded in positions(slices(file, info)):
-        expected = values[start : start + decoded.numel()].float()
+    start = 0
+    for decoded in slices(file, info):
+        expected = original.values(start, start + decoded.numel()).float()
         difference += float((decoded.flatten() - expected).double().square().sum())
         energy += float(expected.double().square().sum())
+        start += decoded.numel()
     if not energy:
         return float(difference > 0)
     error = math.sqrt(difference / energy) if math.isfinite(difference) else math.inf
     return error if math.isfinite(error) else None
-
-
-def positions(parts: Iterator) -> Iterator[tuple[int, object]]:
-    """Each tensor with how many values came before it."""
-    start = 0
-    for part in parts:
-        yield start, part
-        start += part.numel()
 
 
 @cache

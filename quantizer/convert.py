@@ -1,4 +1,4 @@
-"""From a model file to a GGUF file: one tensor after the other, from the source through the device to the disk."""
+"""From a model file to a GGUF file: some rows after the other, from the source through the device to the disk."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -16,12 +16,13 @@ from .parts import take_part
 from .plan import PlannedTensor, plan_tensors
 from .recipes import file_type, number_of
 from .refusals import architecture_and_tag, check_finite, check_importance, check_space, check_target
-from .source import Source, SourceTensor, read_ahead
+from .source import Run, Source, SourceTensor, read_ahead, runs
 from .sources import open_source
 from .writer import header, into_shards, shard_names, write_gguf
 
-# Values quantised at once: what a device holds of a tensor, in float32 and as the search needs it.
-VALUES_PER_SLICE = 1 << 24
+# Values quantised at once, while as many are read and decoded: all that memory and device hold of a tensor.
+VALUES_PER_RUN = {"cpu": 1 << 22}
+VALUES_PER_RUN_ELSEWHERE = 1 << 24
 # How much longer the account of the types in a header may become when they change.
 ROOM_FOR_RECIPE = 512
 
@@ -72,7 +73,7 @@ def convert(
     check_space(paths[0], planned)
     pairs = metadata(model, planned, tag, number, recipe(planned, about))
     report = Progress(progress, planned)
-    contents = read_ahead(tensor.source for tensor in planned)
+    contents = read_ahead(run for tensor in planned for run in runs_of(tensor, device))
     packed = partial(pack_tensor, contents=contents, importance=weights, device=device, report=report, file=model.name)
     try:
         write_gguf(paths, pairs, shards, packed)
@@ -111,19 +112,24 @@ def pack_tensor(
     report: Progress,
     file: str,
 ) -> Iterator[torch.Tensor]:
-    """The bytes of one tensor, slice by slice of its rows. Raises NotFiniteError."""
-    rows = next(contents).reshape(-1, tensor.shape[-1])
+    """The bytes of one tensor, run by run of its rows. Raises NotFiniteError."""
+    columns = tensor.shape[-1]
     weights = importance.get(tensor.name) if is_packed(tensor.type) and tensor.shape == tensor.source.shape else None
-    step = max(1, VALUES_PER_SLICE // tensor.shape[-1])
-    for start in range(0, len(rows), step):
-        some = rows[start : start + step].to(device)
-        if some.is_floating_point():
-            some = some.float() if some.dtype == torch.float64 else some
-            check_finite(some, start * tensor.shape[-1], tensor, file)
-            yield quantize(some, tensor.type, weights).cpu()
+    for run in runs_of(tensor, device):
+        rows = next(contents).view(-1, columns).to(device)
+        if rows.is_floating_point():
+            rows = rows.float() if rows.dtype == torch.float64 else rows
+            check_finite(rows, run.start, tensor, file)
+            yield quantize(rows, tensor.type, weights).cpu()
         else:
-            yield some.cpu().contiguous().view(torch.uint8)
-        report.advance(some.numel() * tensor.source.dtype.itemsize)
+            yield rows.cpu().contiguous().view(torch.uint8)
+        report.advance(rows.numel() * tensor.source.dtype.itemsize)
+
+
+def runs_of(tensor: PlannedTensor, device: str | torch.device) -> Iterator[Run]:
+    """A tensor in runs of its rows as it is stored, as large as a device should work on."""
+    most = VALUES_PER_RUN.get(torch.device(device).type, VALUES_PER_RUN_ELSEWHERE)
+    return runs(tensor.source, tensor.shape[-1], most)
 
 
 def size_of(source: SourceTensor) -> int:

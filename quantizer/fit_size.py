@@ -1,24 +1,27 @@
 """A type for each matrix, so that a model fits into a given size with the least error: `--target-size`, `--bits`."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 
 from ..ops.dequantize import dequantize
 from ..ops.quantize import quantize
-from .allocation import Choice, allocate
+from .allocation import Option, allocate
 from .errors import TargetError
 from .plan import PlannedTensor, plan_tensors
 from .recipes import uniform
 from .refusals import check_finite
-from .source import Source, SourceTensor, read_ahead
+from .source import Run, Source, SourceTensor, read_ahead, runs
 from .writer import aligned
 
 # What a matrix may become. The I-quants decode more slowly and encode far more slowly for what they save.
 CANDIDATES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 # Errors are measured on rows spread evenly over a matrix, so many values in all: enough for three digits.
 VALUES_MEASURED = 1 << 18
+# Values read at once.
+VALUES_PER_RUN = 1 << 22
 
 
 class Size(NamedTuple):
@@ -60,16 +63,24 @@ def plan_for_size(
     that has been measured. Raises TargetError if even the smallest types do not fit, and NotFiniteError.
     """
     options = options_of(model.tensors, architecture)
-    choices: dict[str, list[Choice]] = {}
-    contents = read_ahead(planned[0].source for planned in options.values())
-    for (name, planned), values in zip(options.items(), contents, strict=True):
-        if len(planned) > 1:
-            check_finite(values.reshape(-1, planned[0].shape[-1]), 0, planned[0], model.name)
-            choices[name] = [
-                Choice(tensor.type, aligned(tensor.nbytes), product_error(values, tensor, importance.get(name), device))
-                for tensor in planned
-            ]
-        advance(values.numel() * values.element_size())
+    choices: dict[str, list[Option]] = {}
+    measured = {name: planned for name, planned in options.items() if len(planned) > 1}
+    contents = read_ahead(run for planned in measured.values() for run in runs_of(planned))
+    try:
+        for name, planned in options.items():
+            if name in measured:
+                samples = sample(planned, contents, model.name)
+                choices[name] = [
+                    Option(
+                        tensor.type,
+                        aligned(tensor.nbytes),
+                        product_error(samples[columns_of(tensor)], tensor, importance.get(name), device),
+                    )
+                    for tensor in planned
+                ]
+            advance(planned[0].source.n_values * planned[0].source.dtype.itemsize)
+    finally:
+        contents.close()
     fixed = sum(aligned(planned[0].nbytes) for planned in options.values() if len(planned) == 1)
     chosen = allocate(choices, n_bytes - fixed)
     check_budget(fixed + sum(choice.nbytes for choice in chosen.values()), n_bytes)
@@ -89,16 +100,38 @@ def options_of(tensors: Mapping[str, SourceTensor], architecture: str) -> dict[s
     return {name: list(by_type.values()) for name, by_type in options.items()}
 
 
+def runs_of(planned: list[PlannedTensor]) -> Iterator[Run]:
+    """A tensor in runs of whole rows of each type that it may become."""
+    return runs(planned[0].source, math.lcm(*map(columns_of, planned)), VALUES_PER_RUN)
+
+
+def columns_of(tensor: PlannedTensor) -> int:
+    """Values in a row, which some types store shorter than it is."""
+    return tensor.shape[-1]
+
+
+def sample(planned: list[PlannedTensor], contents: Iterator[torch.Tensor], file: str) -> dict[int, torch.Tensor]:
+    """Columns -> every so-many-th row of a tensor that has so many columns, from its runs. Raises NotFiniteError."""
+    taken: dict[int, list[torch.Tensor]] = {columns_of(tensor): [] for tensor in planned}
+    for run in runs_of(planned):
+        values = next(contents)
+        check_finite(values, run.start, planned[0], file)
+        for columns, rows in taken.items():
+            step = -(-run.tensor.n_values // VALUES_MEASURED)
+            # The first row of a run that is a multiple of `step` from the first of the tensor.
+            rows.append(values.view(-1, columns)[-(run.start // columns) % step :: step].float())
+    return {columns: torch.cat(rows) for columns, rows in taken.items()}
+
+
 def product_error(
-    values: torch.Tensor, planned: PlannedTensor, importance: torch.Tensor | None, device: str | torch.device
+    rows: torch.Tensor, planned: PlannedTensor, importance: torch.Tensor | None, device: str | torch.device
 ) -> float:
     """E |(W - Wq) x|^2 / E |W x|^2 for inputs x of mean square `importance` [columns] (None: equal), independent.
 
-    Then the expectation over x is the squared error of each column times its importance: no batch has to be drawn.
+    rows: float32, some of W. Then the expectation over x is the squared error of each column times its importance: no
+    batch has to be drawn.
     """
-    rows = values.reshape(-1, planned.shape[-1])
-    step = -(-rows.numel() // VALUES_MEASURED)
-    rows = rows[::step].to(device, torch.float32)
+    rows = rows.to(device)
     if planned.shape != planned.original_shape or importance is None or not importance.any():
         importance = None
     blocks = quantize(rows, planned.type, importance)

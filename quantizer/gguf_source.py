@@ -1,4 +1,4 @@
-"""GGUF files as input: decoded to float32, to be quantised once more."""
+"""GGUF files as input: decoded to float32 run by run, to be quantised once more."""
 
 import logging
 from functools import partial
@@ -66,12 +66,14 @@ def value_types(path: Path) -> dict[str, str]:
 
 
 def source_tensor(file: GGUFFile, info: TensorInfo) -> SourceTensor:
-    shape = logical_shape(file, info)
-    dtype = torch.float32 if is_packed(info.type) else FORMATS[info.type].storage_dtype
-    return SourceTensor(dtype, shape, partial(read, info, dtype, shape))
+    row = FORMATS[info.type]
+    dtype = torch.float32 if is_packed(info.type) else row.storage_dtype
+    return SourceTensor(dtype, logical_shape(file, info), partial(load, info), row.block_size)
 
 
-def read(info: TensorInfo, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """The values of one tensor."""
-    packed = read_bytes(info.path, info.offset, info.nbytes)
-    return dequantize(packed, info.type, shape) if is_packed(info.type) else packed.view(dtype).view(shape)
+def load(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """Some values of one tensor, whole blocks."""
+    row = FORMATS[info.type]
+    first, last = (n // row.block_size * row.block_bytes for n in (start, stop))
+    packed = read_bytes(info.path, info.offset + first, last - first)
+    return dequantize(packed, info.type) if is_packed(info.type) else packed.view(row.storage_dtype)

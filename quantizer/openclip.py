@@ -1,5 +1,6 @@
 """A text encoder as OpenCLIP names it, which SD2 and SDXL checkpoints hold, under the names that loaders know."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -48,7 +49,8 @@ def renamed(key: str, tensor: SourceTensor) -> Iterator[tuple[str, SourceTensor]
     elif match := JOINED.fullmatch(key):
         rows = tensor.shape[0] // 3
         for place, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            part = SourceTensor(tensor.dtype, (rows, *tensor.shape[1:]), partial(third, tensor, place))
+            shape = (rows, *tensor.shape[1:])
+            part = SourceTensor(tensor.dtype, shape, partial(third, tensor, place * math.prod(shape)))
             yield f"{LAYER}.{match[1]}.self_attn.{name}.{match[2]}", part
     elif key == PROJECTION:
         yield f"{PROJECTION}.weight", SourceTensor(tensor.dtype, tensor.shape[::-1], partial(transposed, tensor))
@@ -56,9 +58,10 @@ def renamed(key: str, tensor: SourceTensor) -> Iterator[tuple[str, SourceTensor]
         yield key, tensor
 
 
-def third(tensor: SourceTensor, place: int) -> torch.Tensor:
-    return tensor.read().chunk(3)[place]
+def third(tensor: SourceTensor, before: int, start: int, stop: int) -> torch.Tensor:
+    return tensor.values(before + start, before + stop)
 
 
-def transposed(tensor: SourceTensor) -> torch.Tensor:
-    return tensor.read().t().contiguous()
+def transposed(tensor: SourceTensor, start: int, stop: int) -> torch.Tensor:
+    """Its rows are columns of the source, so all of that is read: 1.6 million values at most."""
+    return tensor.read().t().reshape(-1)[start:stop]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -84,7 +85,11 @@ def check_dimensions(tensor: PlannedTensor) -> None:
 
 def with_values(source: SourceTensor) -> SourceTensor:
     """A tensor without values is a flag by its name: one zero stands for it, since GGUF has no empty tensors."""
-    return source if source.n_values else SourceTensor(source.dtype, (1,), lambda: torch.zeros(1, dtype=source.dtype))
+    return source if source.n_values else SourceTensor(source.dtype, (1,), partial(zero, source.dtype))
+
+
+def zero(dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+    return torch.zeros(1, dtype=dtype)
 
 
 def names_without_number(tensors: Mapping[str, SourceTensor]) -> tuple[str, ...]:

@@ -12,11 +12,10 @@ from .convert import convert
 from .fit_size import Bits, Size
 from .printing import say
 from .recipes import FILE_TYPES
+from .sizes import file_size
 
 HELP = "convert a model (safetensors, torch checkpoint, GGUF) to GGUF of a smaller type"
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 DEVICE = re.compile(r"cpu|(cuda)(?::(\d+))?")
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--type", help=f"the file type: {', '.join(FILE_TYPES)}")
     kind.add_argument(
         "--target-size",
-        type=lambda text: Size(size(text)),
+        type=lambda text: Size(file_size(text)),
         metavar="SIZE",
         help="instead of a type: a type for each matrix, with the least error in a file of e.g. 5.8GB",
     )
@@ -35,19 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--importance", type=Path, metavar="FILE", help="importance of columns, as GGUF or .dat imatrix"
     )
-    parser.add_argument("--split-max-size", type=size, default=0, metavar="SIZE", help="write shards, e.g. of 4GB")
+    parser.add_argument("--split-max-size", type=file_size, default=0, metavar="SIZE", help="write shards, e.g. of 4GB")
     parser.add_argument("--device", type=device, default="cpu", help="where to quantise: cpu (default), cuda, cuda:1")
     parser.add_argument("--architecture", metavar="NAME", help="general.architecture of a model that is not known")
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")
-
-
-def size(text: str) -> int:
-    """Bytes of `4GB`, `500M` or `1000000`."""
-    match = SIZE.fullmatch(text.strip())
-    n_bytes = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if not n_bytes:
-        raise argparse.ArgumentTypeError(f"'{text}' is no size; write it like 4GB or 500M")
-    return n_bytes
 
 
 def bits(text: str) -> Bits:

@@ -2,10 +2,8 @@
 
 import argparse
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,12 +14,12 @@ from .measure import Device, Figures, available_ram, find_device, measure
 from .plan import plan_tensors
 from .printing import say, say_json, size, table
 from .recipes import FILE_TYPES
+from .sizes import memory_size
 from .source import SourceTensor
 
 HELP = "for each file type: size, what stays on the GPU, what a step takes longer, what is lost; and which to take"
 
 GIB = 1 << 30
-MEMORY_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GIB)?", re.IGNORECASE)
 # What ComfyUI keeps free of weights, at least, and beside what it reckons a model's forward to need.
 LEAST_WORKING = 1.2 * GIB
 EXTRA_WORKING = 0.4 * GIB
@@ -94,14 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def memory_size(text: str) -> float:
-    """Bytes of `6GB`, `6` or `5.5 GiB`: memory comes in powers of two, whatever its label says."""
-    number = MEMORY_SIZE.fullmatch(text.strip())
-    if number is None or not float(number[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size of memory; write gigabytes, such as 6GB.")
-    return float(number[1]) * GIB
-
-
 def recommend(model: KnownModel, vram: float | None = None, ram: float | None = None) -> Advice:
     """Measure this machine, a few seconds, and choose for it; `vram` and `ram` in bytes, None for what is free here."""
     device = find_device()
@@ -150,7 +140,7 @@ def mixture(model: KnownModel, file_type: str) -> Mapping[str, int]:
 
 def unread(shape: tuple[int, ...]) -> SourceTensor:
     """A tensor of 16 bits of which nobody asks the values."""
-    return SourceTensor(torch.bfloat16, shape, partial(torch.empty, shape, dtype=torch.bfloat16, device="meta"))
+    return SourceTensor(torch.bfloat16, shape, lambda start, stop: torch.empty(stop - start, device="meta"))
 
 
 def file_bytes(values: Mapping[str, int]) -> float:

@@ -1,4 +1,4 @@
-"""Safetensors files, whole and in shards: where each tensor lies, so that one at a time is read and none is mapped."""
+"""Safetensors files, whole and in shards: where each tensor lies, so that runs of one are read and none is mapped."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def read_header(path: Path) -> tuple[dict[str, SourceTensor], dict[str, object]]
     entries = [(name, *checked(path, name, entry, size - start)) for name, entry in header.items()]
     entries.sort(key=lambda entry: entry[3])
     tensors = {
-        name: SourceTensor(dtype, shape, partial(read_tensor, path, start + offset, dtype, shape))
+        name: SourceTensor(dtype, shape, partial(load, path, start + offset, dtype))
         for name, dtype, shape, offset in entries
     }
     return tensors, metadata
@@ -130,6 +130,7 @@ def checked(path: Path, name: str, entry: object, data_bytes: int) -> tuple[torc
     return DTYPES[type_name], shape, start
 
 
-def read_tensor(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """One tensor, in memory of its own."""
-    return read_bytes(path, offset, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+def load(path: Path, offset: int, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+    """Some values of the tensor that begins at `offset`, in memory of their own."""
+    size = dtype.itemsize
+    return read_bytes(path, offset + start * size, (stop - start) * size).view(dtype)

@@ -1,9 +1,12 @@
-"""Weights in ComfyUI's own quantised formats, decoded with their scales: fp8, MXFP8, NVFP4, int8 and ConvRot W4A4."""
+"""ComfyUI's own quantised formats, a table: what stands beside a weight, and how some of its rows are decoded.
 
-import json
-import re
+A row is what lies along a tensor's last dimension; a tensor of one dimension has rows of one value.
+"""
+
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -11,213 +14,236 @@ from .errors import SourceError
 from .source import SourceTensor
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# A tensor for each layer that says its format, as JSON in bytes; the metadata may do so for all layers instead.
-CONFIGURATION = ".comfy_quant"
-METADATA = "_quantization_metadata"
-# What stands beside a weight and means nothing without it. `scale_*` are the names of ComfyUI's older scaled fp8.
-BESIDE = (
-    CONFIGURATION,
-    ".weight_scale",
-    ".weight_scale_2",
-    ".scale_weight",
-    ".input_scale",
-    ".scale_input",
-    ".pre_quant_scale",
-)
-MARK_OF_FILE = "scaled_fp8"
-# What stands beside weights in the formats of bitsandbytes, DeepSeek, GPTQ, compressed-tensors and quanto.
-FOREIGN = re.compile(
-    r".+\.((nested_)?(absmax|quant_map)|quant_state\..+|SCB|weight_scale_inv|weight_zero_point|weight_packed|qweight"
-    r"|weight\._data)"
-)
+# Before 2.7 torch has no float8_e8m0fnu.
+E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)
+# The name here of fp8 with `scale_weight`, which ComfyUI wrote before its formats had names.
+OLD_FLOAT8 = "scaled_fp8"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Scales of blocks are stored in tiles of so many rows and columns, as cuBLAS wants them.
+TILE = (128, 4)
+GROUP = "convrot_groupsize"
+DEFAULT_GROUP = 256
 
-Layer = Mapping[str, SourceTensor]
+Shape = tuple[int, ...]
 
 
-def decode_scaled_formats(
-    tensors: Mapping[str, SourceTensor], metadata: Mapping[str, object], file: str
-) -> dict[str, SourceTensor]:
-    """The same tensors with every quantised weight decoded, in the original order, without scales and marks.
+class ScaledWeight(NamedTuple):
+    """One weight as it is stored, what stands beside it, and what its file says of it. `where` begins an error."""
 
-    Scaled weights become float32, fp8 without a scale bfloat16, which holds it exactly. Raises SourceError.
+    weight: SourceTensor
+    scales: Mapping[str, SourceTensor]
+    options: Mapping[str, object]
+    where: str
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """Some rows of the weight, as they are stored."""
+        columns = columns_of(self.weight.shape)
+        return self.weight.values(first * columns, last * columns).view(-1, columns)
+
+
+class Scale(NamedTuple):
+    """What a scale must be: `fits(shape, of_weight)`, that of the decoded weight, and `shape` in words."""
+
+    dtypes: tuple[torch.dtype, ...]
+    fits: Callable[[Shape, Shape], bool]
+    shape: str
+
+
+class ScaledFormat(NamedTuple):
+    """One format: what a weight and its scales are, and `decode(weight, first, last)`, float32 [rows, columns].
+
+    `check(weight, shape)` raises SourceError for a decoded shape or options that cannot be. A weight has
+    `values_per_item` in each number of its rows; `unit` rows are decoded together.
     """
-    if foreign := next(filter(FOREIGN.fullmatch, tensors), None):
-        raise SourceError(
-            f"{file}: tensor '{foreign}' belongs to a weight in a quantised format that is not known here. "
-            "Convert the original model instead."
-        )
-    configurations = configurations_of(tensors, metadata, file)
-    kept = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(BESIDE) and name.rpartition(".")[2] != MARK_OF_FILE
-    }
-    for name, weight in kept.items():
-        layer = name.removesuffix(".weight")
-        beside = {suffix: tensors[layer + suffix] for suffix in BESIDE if layer + suffix in tensors}
-        configuration, where = configurations.get(layer, {}), f"{file}: tensor '{name}'"
-        if "format" not in configuration and not weight.dtype.is_floating_point:
-            check_no_scale(layer, tensors, f"{where} ({weight.dtype})")
-        kept[name] = decoded(weight, beside, configuration, where)
-    return kept
+
+    dtypes: tuple[torch.dtype, ...]
+    scales: Mapping[str, Scale]
+    check: Callable[[ScaledWeight, Shape], None]
+    decode: Callable[[ScaledWeight, int, int], torch.Tensor]
+    values_per_item: int = 1
+    unit: int = 1
 
 
-def configurations_of(
-    tensors: Mapping[str, SourceTensor], metadata: Mapping[str, object], file: str
-) -> dict[str, dict[str, object]]:
-    """Layer -> what the file says of its format. Raises SourceError if that cannot be read."""
-    found, where = {}, METADATA
-    try:
-        if METADATA in metadata:
-            found |= json.loads(metadata[METADATA])["layers"]
-        for where, tensor in tensors.items():
-            if where.endswith(CONFIGURATION):
-                found[where.removesuffix(CONFIGURATION)] = json.loads(bytes(tensor.read().tolist()))
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise SourceError(f"{file}: '{where}' is not the JSON that ComfyUI writes. Download the file again.") from None
-    for layer, configuration in found.items():
-        if not is_configuration(configuration):
-            raise SourceError(
-                f"{file}: layer '{layer}' is described by {configuration!r:.100}; ComfyUI writes an object with "
-                "'format'. Download the file again."
-            )
-    return found
+def columns_of(shape: Shape) -> int:
+    return shape[-1] if len(shape) > 1 else 1
 
 
-def is_configuration(content: object) -> bool:
-    """Whether the decoders can use it."""
-    return (
-        isinstance(content, dict)
-        and isinstance(content.get("format"), str)
-        and isinstance(content.get("params", {}), dict)
+def is_one(scale: Shape, weight: Shape) -> bool:
+    return prod(scale) == 1
+
+
+def is_one_or_leading(scale: Shape, weight: Shape) -> bool:
+    """Whether there is one scale, or one for each row, matrix, ... of the weight."""
+    leading = scale
+    while leading[-1:] == (1,):
+        leading = leading[:-1]
+    return is_one(scale, weight) or leading == weight[: max(1, len(weight) - 1)][: len(leading)]
+
+
+def is_by_row(scale: Shape, weight: Shape) -> bool:
+    return scale == weight[:1]
+
+
+def is_by_column(scale: Shape, weight: Shape) -> bool:
+    return len(weight) > 1 and scale[-1:] == weight[-1:] == (prod(scale),)
+
+
+def are_tiles(block_size: int, scale: Shape, weight: Shape) -> bool:
+    """Whether they are scales of blocks of a matrix, in whole tiles."""
+    rows, columns = weight[0], weight[-1] // block_size
+    return scale == tuple(-(-n // tile) * tile for n, tile in zip((rows, columns), TILE, strict=True))
+
+
+def scale_of_rows(weight: ScaledWeight, suffix: str, first: int, last: int) -> torch.Tensor:
+    """float32 [rows, 1], the scale of each of some rows."""
+    scale, shape = weight.scales[suffix], weight.weight.shape
+    rows_per_scale = prod(shape) // columns_of(shape) // scale.n_values
+    start, stop = first // rows_per_scale, -(-last // rows_per_scale)
+    scales = scale.values(start, stop).float()
+    return scales[torch.arange(first, last) // rows_per_scale - start, None]
+
+
+def scaled_float8(weight: ScaledWeight, first: int, last: int, dtype: torch.dtype, suffix: str) -> torch.Tensor:
+    """One scale for the tensor, or one for each of its rows or matrices.
+
+    A weight of more bits is cast to the format before it is scaled, as ComfyUI does: `weight.to(..., storage_t)` in
+    `_load_quantized_module`, comfy/ops.py.
+    """
+    stored = weight.rows(first, last)
+    if stored.dtype not in FP8:
+        stored = stored.to(dtype)
+    return stored.float().mul_(scale_of_rows(weight, suffix, first, last))
+
+
+def int8(weight: ScaledWeight, first: int, last: int) -> torch.Tensor:
+    scale = scale_of_rows(weight, ".weight_scale", first, last)
+    if not weight.options.get("convrot"):
+        return weight.rows(first, last).float().mul_(scale)
+    return kitchen_layout(
+        "TensorWiseINT8Layout", weight, weight.rows(first, last), scale, convrot=True, **{GROUP: group_of(weight)}
     )
 
 
-def check_no_scale(layer: str, tensors: Mapping[str, SourceTensor], where: str) -> None:
-    """Raise SourceError for integers that mean something only with a scale, of which nothing says how."""
-    if scale := next((name for name in tensors if name.startswith(f"{layer}.") and "scale" in name), None):
-        raise SourceError(
-            f"{where} has '{scale}' beside it, but nothing says in which format it is ({CONFIGURATION[1:]} or "
-            f"{METADATA}). Convert the original model instead."
-        )
+def convrot_w4a4(weight: ScaledWeight, first: int, last: int) -> torch.Tensor:
+    scale = scale_of_rows(weight, ".weight_scale", first, last).flatten()
+    options = {GROUP: group_of(weight), "quant_group_size": 64}
+    return kitchen_layout("TensorCoreConvRotW4A4Layout", weight, weight.rows(first, last), scale, **options)
 
 
-def decoded(weight: SourceTensor, beside: Layer, configuration: Mapping[str, object], where: str) -> SourceTensor:
-    """One weight as dense values; one that is dense already stays."""
-    kind = configuration.get("format")
-    if kind is None and weight.dtype in FP8:
-        kind = "float8_e4m3fn" if {".weight_scale", ".scale_weight"} & beside.keys() else "unscaled"
-    if kind is None:
-        return weight
-    if kind not in DECODERS:
-        raise SourceError(f"{where} has the format '{kind}'; known are {', '.join(DECODERS)}. Update this pack.")
-    if DECODERS[kind] is scaled_float8:
-        check_scale(weight, beside, f"{where} has the format '{kind}'")
-    dtype = torch.bfloat16 if kind == "unscaled" else torch.float32
-    values_per_item = 2 if kind in PAIRS else 1
-    shape = (*weight.shape[:-1], *(n * values_per_item for n in weight.shape[-1:]))
-    return SourceTensor(dtype, shape, partial(decode, kind, weight, beside, configuration, where))
+def mxfp8(weight: ScaledWeight, first: int, last: int) -> torch.Tensor:
+    scale = tiles_of_rows(weight, first, last).view(E8M0)
+    return kitchen_layout("TensorCoreMXFP8Layout", weight, weight.rows(first, last), scale)
 
 
-def check_scale(weight: SourceTensor, beside: Layer, where: str) -> None:
-    """Raise SourceError unless there is one scale for the tensor, or one for each of its rows or matrices."""
-    scale = beside.get(".scale_weight", beside.get(".weight_scale"))
-    if scale is None:
-        raise SourceError(f"{where} but no '.weight_scale'; the file is incomplete.")
-    if scale.n_values != 1 and not scale.shape[:1] == weight.shape[:1] == (scale.n_values,):
-        raise SourceError(
-            f"{where} and scales of shape {list(scale.shape)}; read are one, or one for each of the "
-            f"rows or matrices in {list(weight.shape)}. Convert the original model instead."
-        )
+def nvfp4(weight: ScaledWeight, first: int, last: int) -> torch.Tensor:
+    blocks = tiles_of_rows(weight, first, last).view(torch.float8_e4m3fn)
+    scale = weight.scales[".weight_scale_2"].read().float().reshape(())
+    return kitchen_layout("TensorCoreNVFP4Layout", weight, weight.rows(first, last), scale, block_scale=blocks)
 
 
-def decode(
-    kind: str, weight: SourceTensor, beside: Layer, configuration: Mapping[str, object], where: str
-) -> torch.Tensor:
-    """Values of one weight."""
-    scales = {suffix: tensor.read() for suffix, tensor in beside.items() if suffix != CONFIGURATION}
-    try:
-        values = DECODERS[kind](weight.read(), scales, {**configuration, **configuration.get("params", {})})
-    except KeyError as error:
-        raise SourceError(
-            f"{where} has the format '{kind}' but no '{error.args[0]}'; the file is incomplete."
-        ) from None
-    except ModuleNotFoundError:
-        raise SourceError(
-            f"{where} has the format '{kind}', which comfy-kitchen decodes: run with ComfyUI's Python, "
-            "or pip install comfy-kitchen."
-        ) from None
-    # The input of such a layer is multiplied by it first: here the columns are instead.
-    return values * scales[".pre_quant_scale"].float() if ".pre_quant_scale" in scales else values
-
-
-def unscaled(weight: torch.Tensor, scales: Mapping[str, torch.Tensor], options: Mapping[str, object]) -> torch.Tensor:
-    return weight.to(torch.bfloat16)
-
-
-def scaled_float8(
-    weight: torch.Tensor, scales: Mapping[str, torch.Tensor], options: Mapping[str, object]
-) -> torch.Tensor:
-    """One scale for the tensor, or one for each of its rows or matrices."""
-    scale = scales.get(".scale_weight", scales.get(".weight_scale")).float()
-    if scale.numel() > 1:
-        scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
-    return weight.float().mul_(scale)
+def tiles_of_rows(weight: ScaledWeight, first: int, last: int) -> torch.Tensor:
+    """The tiles of some rows' scales: `first` begins a tile, and a row of tiles lies in one piece."""
+    scale = weight.scales[".weight_scale"]
+    columns, end = scale.shape[-1], -(-last // TILE[0]) * TILE[0]
+    return scale.values(first * columns, end * columns).view(-1, columns)
 
 
 def kitchen_layout(
-    name: str, weight: torch.Tensor, shape: tuple[int, ...], scale: torch.Tensor, **parameters: object
+    name: str, weight: ScaledWeight, rows: torch.Tensor, scale: torch.Tensor, **parameters: object
 ) -> torch.Tensor:
-    """float32 values of a weight in a layout of comfy-kitchen, by its own plain torch code."""
-    from comfy_kitchen.tensor import get_layout_class
-
+    """float32 values of some rows in a layout of comfy-kitchen, by its own plain torch code."""
+    try:
+        from comfy_kitchen.tensor import get_layout_class
+    except ModuleNotFoundError:
+        raise SourceError(
+            f"{weight.where}, which comfy-kitchen decodes: run with ComfyUI's Python, or pip install comfy-kitchen."
+        ) from None
     layout = get_layout_class(name)
-    return layout.dequantize(
-        weight, layout.Params(scale=scale, orig_dtype=torch.float32, orig_shape=shape, **parameters)
+    # Plain decoding does not ask for the shape.
+    shape = tuple(rows.shape)
+    return layout.dequantize(rows, layout.Params(scale=scale, orig_dtype=torch.float32, orig_shape=shape, **parameters))
+
+
+def group_of(weight: ScaledWeight) -> int:
+    """How many columns were rotated together."""
+    return weight.options.get(GROUP, DEFAULT_GROUP)
+
+
+def check_nothing(weight: ScaledWeight, shape: Shape) -> None:
+    pass
+
+
+def check_blocks(block_size: int, weight: ScaledWeight, shape: Shape) -> None:
+    """Raise SourceError unless it is a matrix whose rows are whole blocks."""
+    if len(shape) != 2 or shape[-1] % block_size:
+        raise SourceError(
+            f"{weight.where}, of which matrices are read with rows of whole {block_size} values; got {list(shape)}. "
+            "Convert the original model instead."
+        )
+
+
+def check_rotation(weight: ScaledWeight, shape: Shape) -> None:
+    """Raise SourceError unless it is a matrix whose rows are whole groups, of a power of 4."""
+    group = group_of(weight)
+    # Powers of 4 have one bit, the first, third, ...
+    if type(group) is not int or group < 4 or group.bit_count() != 1 or group.bit_length() % 2 == 0:
+        raise SourceError(
+            f"{weight.where}, whose '{GROUP}' must be a power of 4 from 4 on; got {group!r:.50}. "
+            "Convert the original model instead."
+        )
+    check_blocks(group, weight, shape)
+
+
+def check_int8(weight: ScaledWeight, shape: Shape) -> None:
+    if weight.options.get("convrot"):
+        check_rotation(weight, shape)
+
+
+FLOAT_SCALE = Scale(FLOATS, is_one_or_leading, "one, or one for each row or matrix")
+PRE_QUANT_SCALE = Scale(FLOATS, is_by_column, "one for each column")
+
+
+def float8(dtype: torch.dtype, suffix: str) -> ScaledFormat:
+    decode = partial(scaled_float8, dtype=dtype, suffix=suffix)
+    return ScaledFormat((*FP8, *FLOATS), {suffix: FLOAT_SCALE}, check_nothing, decode)
+
+
+def tiles(block_size: int, dtype: torch.dtype) -> Scale:
+    return Scale(
+        (dtype, torch.uint8),
+        partial(are_tiles, block_size),
+        f"one for each {block_size} columns, in whole tiles of {TILE[0]} rows and {TILE[1]} scales",
     )
 
 
-def mxfp8(weight: torch.Tensor, scales: Mapping[str, torch.Tensor], options: Mapping[str, object]) -> torch.Tensor:
-    scale = scales[".weight_scale"].view(torch.float8_e8m0fnu)
-    return kitchen_layout("TensorCoreMXFP8Layout", weight, tuple(weight.shape), scale)
-
-
-def nvfp4(weight: torch.Tensor, scales: Mapping[str, torch.Tensor], options: Mapping[str, object]) -> torch.Tensor:
-    shape = (weight.shape[0], weight.shape[1] * 2)
-    blocks = scales[".weight_scale"].view(torch.float8_e4m3fn)
-    return kitchen_layout("TensorCoreNVFP4Layout", weight, shape, scales[".weight_scale_2"].float(), block_scale=blocks)
-
-
-def int8(weight: torch.Tensor, scales: Mapping[str, torch.Tensor], options: Mapping[str, object]) -> torch.Tensor:
-    rotation = {"convrot": True, "convrot_groupsize": int(options.get("convrot_groupsize", 256))}
-    parameters = rotation if options.get("convrot") else {}
-    return kitchen_layout("TensorWiseINT8Layout", weight, tuple(weight.shape), scales[".weight_scale"], **parameters)
-
-
-def convrot_w4a4(
-    weight: torch.Tensor, scales: Mapping[str, torch.Tensor], options: Mapping[str, object]
-) -> torch.Tensor:
-    shape = (weight.shape[0], weight.shape[1] * 2)
-    group = int(options.get("convrot_groupsize", 256))
-    return kitchen_layout(
-        "TensorCoreConvRotW4A4Layout",
-        weight,
-        shape,
-        scales[".weight_scale"],
-        convrot_groupsize=group,
-        quant_group_size=64,
-    )
-
-
-Decoder = Callable[[torch.Tensor, Mapping[str, torch.Tensor], Mapping[str, object]], torch.Tensor]
-DECODERS: dict[str, Decoder] = {
-    "unscaled": unscaled,
-    "float8_e4m3fn": scaled_float8,
-    "float8_e5m2": scaled_float8,
-    "mxfp8": mxfp8,
-    "nvfp4": nvfp4,
-    "int8_tensorwise": int8,
-    "convrot_w4a4": convrot_w4a4,
+FORMATS: dict[str, ScaledFormat] = {
+    "float8_e4m3fn": float8(torch.float8_e4m3fn, ".weight_scale"),
+    "float8_e5m2": float8(torch.float8_e5m2, ".weight_scale"),
+    OLD_FLOAT8: float8(torch.float8_e4m3fn, ".scale_weight"),
+    "mxfp8": ScaledFormat(
+        (torch.float8_e4m3fn,),
+        {".weight_scale": tiles(32, E8M0)},
+        partial(check_blocks, 32),
+        mxfp8,
+        unit=TILE[0],
+    ),
+    "nvfp4": ScaledFormat(
+        (torch.uint8,),
+        {
+            ".weight_scale": tiles(16, torch.float8_e4m3fn),
+            ".weight_scale_2": Scale(FLOATS, is_one, "one"),
+        },
+        partial(check_blocks, 16),
+        nvfp4,
+        values_per_item=2,
+        unit=TILE[0],
+    ),
+    "int8_tensorwise": ScaledFormat((torch.int8,), {".weight_scale": FLOAT_SCALE}, check_int8, int8),
+    "convrot_w4a4": ScaledFormat(
+        (torch.int8,),
+        {".weight_scale": Scale(FLOATS, is_by_row, "one for each row")},
+        check_rotation,
+        convrot_w4a4,
+        values_per_item=2,
+    ),
 }
-# Two values in each byte.
-PAIRS = ("nvfp4", "convrot_w4a4")

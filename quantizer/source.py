@@ -1,4 +1,4 @@
-"""What every input of the converter looks like: tensors by name, each read only when it is its turn."""
+"""What every input of the converter looks like: tensors by name, read run by run when it is their turn."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +12,48 @@ from .errors import SourceError
 
 
 class SourceTensor(NamedTuple):
-    """One tensor: the dtype and shape of what `read()` gives. It is fresh or read-only: never write to it."""
+    """One tensor: its dtype and shape, once it is decoded, and how to have any run of its values.
+
+    `load(start, stop)` gives the values from number `start` to before `stop`, in row-major order, of any shape. Both
+    are multiples of `unit`, or `stop` is the end: packed formats decode whole blocks, rows or tiles only. What it gives
+    is fresh or read-only: never write to it.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
+    load: Callable[[int, int], torch.Tensor]
+    unit: int = 1
 
     @property
     def n_values(self) -> int:
         return torch.Size(self.shape).numel()
+
+    def values(self, start: int, stop: int) -> torch.Tensor:
+        """Values `start` to before `stop` of the flattened tensor, [stop - start]; a unit more is decoded at most."""
+        first, last = start // self.unit * self.unit, min(-(-stop // self.unit) * self.unit, self.n_values)
+        return self.load(first, last).reshape(-1)[start - first : stop - first]
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor: only for those that are known to be small."""
+        return self.values(0, self.n_values).view(self.shape)
+
+
+class Run(NamedTuple):
+    """Some consecutive values of a tensor, those from number `start` to before `stop`."""
+
+    tensor: SourceTensor
+    start: int
+    stop: int
+
+    def read(self) -> torch.Tensor:
+        return self.tensor.values(self.start, self.stop)
+
+
+def runs(tensor: SourceTensor, columns: int, most: int) -> Iterator[Run]:
+    """A tensor in runs of whole rows of `columns` values: at most `most` values each, at least one row."""
+    step = max(1, most // columns) * columns
+    for start in range(0, tensor.n_values, step):
+        yield Run(tensor, start, min(start + step, tensor.n_values))
 
 
 @dataclass(frozen=True)
@@ -45,12 +78,12 @@ class Source:
         return replace(self, tensors=tensors)
 
 
-def read_ahead(tensors: Iterable[SourceTensor]) -> Iterator[torch.Tensor]:
-    """Each tensor in turn; while one is in use, a thread reads the next."""
+def read_ahead(some: Iterable[Run]) -> Iterator[torch.Tensor]:
+    """The values of each run in turn; while one is in use, a thread reads the next."""
     with ThreadPoolExecutor(1, "gguf-native-reader") as reader:
         coming = None
-        for tensor in tensors:
-            before, coming = coming, reader.submit(tensor.read)
+        for run in some:
+            before, coming = coming, reader.submit(run.read)
             if before is not None:
                 yield before.result()
                 del before

@@ -7,7 +7,7 @@ from pathlib import Path
 from .errors import SourceError
 from .gguf_source import open_gguf_source
 from .safetensors_file import INDEX, open_safetensors
-from .scaled_formats import decode_scaled_formats
+from .scaled_weights import decode_scaled_weights
 from .source import Source
 from .torch_file import open_torch
 
@@ -38,7 +38,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     source = OPENERS[path.suffix.lower()](path)
     if not source.tensors:
         raise SourceError(f"{path.name}: holds no tensors.")
-    return source.with_tensors(decode_scaled_formats(source.tensors, source.metadata, source.name))
+    return source.with_tensors(decode_scaled_weights(source.tensors, source.metadata, source.name))
 
 
 def model_in_folder(folder: Path) -> Path:

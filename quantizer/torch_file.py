@@ -27,19 +27,31 @@ class TorchCheckpoint:
         self.read_bytes = 0
         self.tensors = load_tensors(path)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, a view of the mapping."""
+    def load(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some values of one tensor: a view of the mapping, or a copy where they do not lie in a row there."""
         if self.read_bytes > MAPPED_BYTES:
             self.tensors, self.read_bytes = load_tensors(self.path), 0
-        self.read_bytes += self.tensors[name].nbytes
-        return self.tensors[name]
+        rows = rows_of(self.tensors[name])
+        unit = unit_of(rows)
+        self.read_bytes += (stop - start) * rows.itemsize
+        return rows[start // unit : -(-stop // unit)]
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, flat where it lies in a row; a transposed one, say, has rows that are gathered from all of it."""
+    return tensor.view(-1) if tensor.is_contiguous() else tensor
+
+
+def unit_of(rows: torch.Tensor) -> int:
+    """How many values one of `rows_of` has."""
+    return max(1, rows.shape[1:].numel())
 
 
 def open_torch(path: Path) -> Source:
     """A .pt, .pth, .ckpt or .bin file. Raises SourceError, also where loading would run code."""
     checkpoint = TorchCheckpoint(path)
     tensors = {
-        name: SourceTensor(tensor.dtype, tuple(tensor.shape), partial(checkpoint.read, name))
+        name: SourceTensor(tensor.dtype, tuple(tensor.shape), partial(checkpoint.load, name), unit_of(rows_of(tensor)))
         for name, tensor in checkpoint.tensors.items()
     }
     return Source("torch checkpoint", (path,), tensors, {})

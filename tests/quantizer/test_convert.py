@@ -169,7 +169,7 @@ def test_five_dimensions_stay_and_flattened_shapes_are_kept_in_metadata(samples,
 def test_slices_of_rows_join_without_a_seam(save, tmp_path, monkeypatch):
     path = save(flux())
     convert(path, tmp_path / "whole.gguf", "Q4_K_M")
-    monkeypatch.setattr(CONVERT, "VALUES_PER_SLICE", 3 * 512)
+    monkeypatch.setattr(CONVERT, "VALUES_PER_RUN", {"cpu": 3 * 512})
     convert(path, tmp_path / "sliced.gguf", "Q4_K_M")
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "sliced.gguf").read_bytes()
 
@@ -200,7 +200,7 @@ def test_a_tensor_larger_than_a_shard_is_an_error(save, tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_value_that_is_not_finite_is_named_and_nothing_is_left(save, tmp_path, bad, dtype, monkeypatch):
-    monkeypatch.setattr(CONVERT, "VALUES_PER_SLICE", 512)
+    monkeypatch.setattr(CONVERT, "VALUES_PER_RUN", {"cpu": 512})
     broken = matrix(4, 8, 512).to(dtype)
     broken[2, 3, 77] = bad
     path = save(flux(**{"double_blocks.0.img_mlp.0.weight": broken}))

@@ -9,7 +9,7 @@ import torch
 from gguf_native.loader import open_gguf
 from gguf_native.ops import dequantize
 from gguf_native.quantizer import convert
-from gguf_native.quantizer.allocation import Choice, allocate, lower_hull
+from gguf_native.quantizer.allocation import Option, allocate, lower_hull
 from gguf_native.quantizer.errors import NotFiniteError, TargetError
 from gguf_native.quantizer.fit_size import Bits, Size
 from gguf_native.quantizer.importance import write_importance
@@ -113,10 +113,10 @@ def test_importance_of_nothing_counts_all_columns_alike(source, tmp_path):
 
 def test_hulls_leave_out_what_does_not_pay():
     small, dearer, useless, large = (
-        Choice("a", 10, 1.0),
-        Choice("b", 20, 0.9),
-        Choice("c", 25, 0.95),
-        Choice("d", 30, 0.1),
+        Option("a", 10, 1.0),
+        Option("b", 20, 0.9),
+        Option("c", 25, 0.95),
+        Option("d", 30, 0.1),
     )
     assert lower_hull([large, useless, dearer, small]) == [small, large]
 
@@ -128,7 +128,7 @@ def test_allocation_is_near_the_best_of_all_combinations(seed):
     for name in "abcde":
         size, error = rng.randint(50, 400), rng.uniform(0.1, 4)
         sizes_and_errors = ((2.6, 0.3), (3.4, 0.15), (4.5, 0.07), (5.5, 0.036), (6.6, 0.018))
-        choices[name] = [Choice(str(bits), int(size * bits), error * part) for bits, part in sizes_and_errors]
+        choices[name] = [Option(str(bits), int(size * bits), error * part) for bits, part in sizes_and_errors]
     smallest, largest = (sum(options[end].nbytes for options in choices.values()) for end in (0, -1))
     budget = rng.randint(smallest, largest)
     found = allocate(choices, budget)

@@ -18,7 +18,7 @@ DOUBLE, SINGLE, HIDDEN = 19, 38, 512
 
 
 def source(*shape: int, dtype: torch.dtype = torch.bfloat16) -> SourceTensor:
-    return SourceTensor(dtype, shape, lambda: torch.zeros(shape, dtype=dtype))
+    return SourceTensor(dtype, shape, lambda start, stop: torch.zeros(stop - start, dtype=dtype))
 
 
 def flux() -> dict[str, SourceTensor]:

@@ -104,18 +104,6 @@ def test_every_model_has_plausible_files(name):
     assert all(a > FORMATS["Q2_K"].block_bytes * 8 / 256 for a in bits)
 
 
-@pytest.mark.parametrize(("text", "n_bytes"), [("6GB", 6 * GIB), ("5.5 gib", 5.5 * GIB), ("8", 8 * GIB)])
-def test_sizes_of_memory(text, n_bytes):
-    assert recommend.memory_size(text) == n_bytes
-
-
-@pytest.mark.parametrize("text", ["", "x", "-6GB", "0", "6MB"])
-def test_no_sizes_of_memory(text, capsys):
-    with pytest.raises(SystemExit):
-        main(["recommend", f"--vram={text}"])
-    assert "no size of memory" in capsys.readouterr().err
-
-
 def test_the_command_measures_this_machine(capsys):
     assert main(["recommend", "--model", "sdxl", "--vram", "6GB", "--ram", "64GB", "--json"]) == 0
     advice = json.loads(capsys.readouterr().out)
