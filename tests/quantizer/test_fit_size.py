@@ -1,5 +1,6 @@
 """A type for each matrix within a size: the allocation is near the best there is, and beats the fixed recipes."""
 
+import importlib
 import itertools
 import json
 import random
@@ -13,8 +14,11 @@ from gguf_native.quantizer.allocation import Option, allocate, lower_hull
 from gguf_native.quantizer.errors import NotFiniteError, TargetError
 from gguf_native.quantizer.fit_size import Bits, Size
 from gguf_native.quantizer.importance import write_importance
+from gguf_native.quantizer.source import SourceTensor, runs
+from gguf_native.quantizer.sources import open_source
 from safetensors.torch import save_file
 
+FIT_SIZE = importlib.import_module("gguf_native.quantizer.fit_size")
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
@@ -109,6 +113,30 @@ def test_importance_of_nothing_counts_all_columns_alike(source, tmp_path):
     (plain,) = convert(source, tmp_path / "plain.gguf", Bits(5))
     (weighted,) = convert(source, tmp_path / "weighted.gguf", Bits(5), importance=tmp_path / "zero.gguf")
     assert values_of(weighted)[name][0] == values_of(plain)[name][0]
+
+
+@pytest.mark.parametrize("values_per_run", [1, 5000, 1 << 22])
+def test_samples_are_every_so_many_rows_of_each_length(monkeypatch, values_per_run):
+    monkeypatch.setattr(FIT_SIZE, "VALUES_PER_RUN", values_per_run)
+    monkeypatch.setattr(FIT_SIZE, "VALUES_MEASURED", 6000)
+    values = matrix(256, 96, 0)
+    tensor = SourceTensor(torch.float32, (256, 96), lambda start, stop: values.flatten()[start:stop])
+    # K-quants store it in rows of 256, Q8_0 in its own.
+    planned = FIT_SIZE.options_of({"blocks.0.weight": tensor, "blocks.1.weight": tensor}, "some")["blocks.0.weight"]
+    contents = iter([run.read() for run in FIT_SIZE.runs_of(planned)])
+    found = FIT_SIZE.sample(planned, contents, "model")
+    assert found.keys() == {256, 96}
+    assert all(torch.equal(rows, values.view(-1, columns)[::5]) for columns, rows in found.items())
+
+
+def test_tensors_without_a_choice_are_not_read_to_measure(source, monkeypatch):
+    read = []
+    monkeypatch.setattr(FIT_SIZE, "runs", lambda tensor, *rest: read.append(tensor.shape) or runs(tensor, *rest))
+    monkeypatch.setattr(FIT_SIZE, "product_error", lambda *arguments: 1.0)
+    done = []
+    FIT_SIZE.plan_for_size(open_source(source), "flux", 1 << 30, {}, "cpu", done.append)
+    assert sum(done) == sum(tensor.nbytes for tensor in flux().values())
+    assert (256, 512) in read and (256, 64) not in read
 
 
 def test_hulls_leave_out_what_does_not_pay():
