@@ -1,8 +1,8 @@
 """Safetensors files, whole and in shards: where each tensor lies, so that runs of one are read and none is mapped.
 
-Why not the safetensors library: it slices along dimensions, while a run of values may begin within one row, or within one
-matrix of a stack, and end in another. Memory decides nothing: its mapping counts as this process's (542 MB for a tensor
-of 537), but opened again for each run it takes 16 MB, and what is here 13. This package needs torch alone.
+Why not the safetensors library: it slices along dimensions, while a run of values may begin within one row, or within
+one matrix of a stack, and end in another. Memory decides nothing: its mapping counts as this process's (542 MB for a
+tensor of 537), but opened again for each run it takes 16 MB, and what is here 13. This package needs torch alone.
 """
 
 import json
