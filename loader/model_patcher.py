@@ -15,12 +15,13 @@ from ..config import settings
 from ..ops.cache import DecodedCache
 from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.layout import is_packed
-from ..ops.lora import side_path
+from ..ops.lora import n_loras, side_path
 from ..ops.matmul import Workspace
 from . import residency
 from .residency import ATTACHMENT, DIFFUSION
 
 log = logging.getLogger("gguf_native")
+told = set()  # What is said once for the process
 
 
 class Backup(NamedTuple):
@@ -95,9 +96,27 @@ class PackedPatching:
 class ModelPatcherDynamic(PackedPatching, comfy.model_patcher.ModelPatcherDynamic):
     """DynamicVRAM: pages weights in from the file by itself."""
 
+    def load(self, device_to=None, *args, **kwargs):
+        slots = unpatched_slots(self.model)
+        super().load(device_to, *args, **kwargs)
+        # Where patches differ from the last load the host has every slot filled anew, to patch what is in it.
+        for layer in slots.keys() & unpatched_slots(self.model).keys():
+            layer._v_signature = slots[layer]
+
 
 class ModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):
     """The legacy path: CPU, WSL, AMD, `--disable-dynamic-vram`, and clones for torch.compile and hooks."""
+
+    def partially_load(self, device_to, *args, **kwargs):
+        if self.model.current_weight_patches_uuid not in (None, self.patches_uuid):
+            # The host would move the whole model off the device and back, to patch it anew.
+            if all_beside(self):
+                self.model.current_weight_patches_uuid = self.patches_uuid
+            else:
+                log_loading_anew()
+        n_bytes = super().partially_load(device_to, *args, **kwargs)
+        hand_over(self, device_to)
+        return n_bytes
 
     def load(self, device_to=None, *args, **kwargs):
         super().load(device_to, *args, **kwargs)
@@ -187,6 +206,26 @@ def packed_layers(model: torch.nn.Module) -> dict[str, PackedWeight]:
     }
 
 
+def unpatched_slots(model: torch.nn.Module) -> dict[PackedWeight, object]:
+    """Layers whose slot of DynamicVRAM is for a packed weight and bias as the file has them -> the slot's signature."""
+    return {
+        layer: layer._v_signature
+        for layer in packed_layers(model).values()
+        if hasattr(layer, "_v") and getattr(layer, "bias_lowvram_function", None) is None
+    }
+
+
+def all_beside(patcher) -> bool:
+    """Whether all patches, those of the last load and those of this patcher, are side paths of packed weights."""
+    packed = packed_layers(patcher.model)
+    functions = (getattr(module, "weight_function", ()) for module in patcher.model.modules())
+    functions_of_biases = (getattr(module, "bias_function", ()) for module in patcher.model.modules())
+    changed = patcher.backup or patcher.hook_backup or patcher.weight_wrapper_patches
+    if changed or any(functions) or any(functions_of_biases):
+        return False
+    return all(key in packed and not _is_resized(packed[key], key, of) for key, of in patcher.patches.items())
+
+
 # Chroma's guidance and the token refiners of HunyuanVideo are lists of layers too.
 EMBEDDING_NAMES = ("guidance", "embed", "time", "txt_in", "refiner")
 
@@ -214,7 +253,7 @@ def move_choices(model: torch.nn.Module, device: torch.device) -> None:
 
 def hand_over(patcher, device: torch.device) -> None:
     """Take the patches of packed weights from where the host put them to the layers' side paths."""
-    n_rewritten = 0
+    rebuilt = []
     of_hooks = patcher.get_combined_hook_patches(patcher.current_hooks)
     move_choices(patcher.model, device)
     for key, layer in packed_layers(patcher.model).items():
@@ -224,9 +263,13 @@ def hand_over(patcher, device: torch.device) -> None:
         dtype = _patch_dtype(patcher, layer)
         if layer.side_path is None or not layer.side_path.is_of(patches, device, dtype):
             layer.side_path = _side_path(patcher, layer, key, patches, device, dtype)
-            n_rewritten += layer.side_path is not None and layer.side_path.rewrite is not None
+            rebuilt += [layer.side_path] if patches else []
+    n_rewritten = sum(path.rewrite is not None for path in rebuilt)
     if n_rewritten:
         log_slow_patches(n_rewritten)
+    n_most = max((n_loras(path.patches) for path in rebuilt), default=0)
+    if n_most > settings().max_loras:
+        log_many_loras(n_most, packed_layers(patcher.model))
 
 
 @cache
@@ -235,6 +278,33 @@ def log_slow_patches(n_weights: int) -> None:
         "GGUF Native: the adapters of %d weights have no low-rank form (LoHa, LoKr, DoRA, ...): "
         "these weights are rebuilt at every use, which is slower.",
         n_weights,
+    )
+
+
+@cache
+def log_loading_anew() -> None:
+    log.info(
+        "GGUF Native: a LoRA also changes tensors that are not quantised: with every change of it ComfyUI loads the "
+        "whole model anew, which is slower. Only without DynamicVRAM."
+    )
+
+
+def log_many_loras(n_most: int, layers: dict[str, PackedWeight]) -> None:
+    """Once for the process; the cost is that of the layers' multiplications, and of the memory of the factors."""
+    if log_many_loras in told:
+        return
+    told.add(log_many_loras)
+    factors = [layer.side_path.low_rank for layer in layers.values() if layer.side_path and layer.side_path.low_rank]
+    values = sum(low_rank.down.numel() + low_rank.up.numel() for low_rank in factors)
+    n_bytes = sum(low_rank.down.nbytes + low_rank.up.nbytes for low_rank in factors)
+    log.warning(
+        "GGUF Native: %d LoRAs on one model, more than max_loras, which is %d. They are all applied. Each adds to the "
+        "work of the layers that it changes and stays in memory beside them: now %.1f %% more multiplications in the "
+        "model's layers and %.1f MB.",
+        n_most,
+        settings().max_loras,
+        100 * values / sum(layer.weight.numel() for layer in layers.values()),
+        n_bytes / 2**20,
     )
 
 
@@ -251,4 +321,4 @@ def _side_path(patcher, layer: PackedWeight, key: str, patches: list, device: to
     if not patches:
         return None
     on_device = patcher.get_attachment(ATTACHMENT)["patch_on_device"]
-    return side_path(patches, key, tuple(layer.weight.shape), device, dtype, on_device)
+    return side_path(patches, key, tuple(layer.weight.shape), device, dtype, on_device, layer.side_path)

@@ -1,10 +1,12 @@
 """LoRA beside a packed weight: y = x Wq^T + (x A^T) B^T, so that blocks are never merged or quantised again."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import comfy.lora
+import comfy.model_management
 import torch
 import torch.nn.functional as F
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
@@ -46,6 +48,17 @@ class SidePath:
             id(p) for p in patches
         ]
 
+    def has_same_down(self, patches: list, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether these patches differ from its own in strength alone, so that its `down` is theirs too."""
+        if self.low_rank is None or (self.device, self.dtype) != (device, dtype):
+            return False
+        return _sources_of_down(self.patches) == _sources_of_down(patches)
+
+
+def _sources_of_down(patches: Iterable[tuple]) -> list[tuple]:
+    # By identity: the tensors of one reading of one file, which both keep alive.
+    return [(id(adapter.weights[1]), offset) for _, adapter, _, offset, _ in patches]
+
 
 def side_path(
     patches: list,
@@ -54,17 +67,21 @@ def side_path(
     device: torch.device,
     dtype: torch.dtype,
     patch_on_device: bool = False,
+    before: SidePath | None = None,
 ) -> SidePath:
     """The side path for the host's patches of the weight `key` of logical `shape`, computing in `dtype` on `device`.
 
-    Plain LoRAs become factors on the device. If any adapter has no low-rank form (LoHa, LoKr, DoRA, OFT, diff, set)
-    all of them go through the host's own `calculate_weight` on the decoded weight; `patch_on_device` keeps their
-    tensors on the device, otherwise the host sends them for every use.
+    Plain LoRAs become factors on the device. If any adapter has no low-rank form (LoHa, LoKr, GLoRA, DoRA, OFT, BOFT,
+    diff, set) all of them go through the host's own `calculate_weight` on the decoded weight; `patch_on_device` keeps
+    their tensors on the device, otherwise the host sends them for every use. before: the layer's last side path; what
+    another strength leaves as it was is taken over from it.
     """
-    factors = [_factors(patch, shape) for patch in patches]
-    if None not in factors:
-        down = torch.cat([down for down, _ in factors]).to(device, dtype)
-        up = torch.cat([up for _, up in factors], dim=1).to(device, dtype)
+    if all(_is_plain(patch, shape) for patch in patches):
+        if before is not None and before.has_same_down(patches, device, dtype):
+            down = before.low_rank.down
+        else:
+            down = torch.cat([_down(patch, shape, device, dtype) for patch in patches])
+        up = torch.cat([_up(patch, shape, device, dtype) for patch in patches], dim=1)
         return SidePath(tuple(patches), device, dtype, LowRank(down, up), None)
     used = [(p[0], _moved(p[1], device), *p[2:]) for p in patches] if patch_on_device else patches
 
@@ -76,22 +93,53 @@ def side_path(
     return SidePath(tuple(patches), device, dtype, None, rewrite)
 
 
-def _factors(patch: tuple, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """float32 (down [rank, in], up [out, rank]) of one host patch, or None if it is not a plain LoRA of a matrix."""
-    strength, adapter, strength_model, offset, function = patch
+def n_loras(patches: list) -> int:
+    """How many LoRAs the host's patches of one weight come from: one may have a patch for each slice of it."""
+    slices = Counter(patch[3] for patch in patches if isinstance(patch[1], WeightAdapterBase))
+    of_all_rows = slices.pop(None, 0)
+    return of_all_rows + max(slices.values(), default=0)
+
+
+def _is_plain(patch: tuple, shape: tuple[int, ...]) -> bool:
+    """Whether a host patch is a plain LoRA of a matrix of this shape or of a slice of one."""
+    _, adapter, strength_model, offset, function = patch
     if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or function is not None or len(shape) != 2:
-        return None
-    up, down, alpha, mid, dora_scale, reshape = adapter.weights
+        return False
+    up, down, _, mid, dora_scale, reshape = adapter.weights
     if mid is not None or dora_scale is not None or reshape is not None:
-        return None
-    scale = strength * (1.0 if alpha is None else alpha / down.shape[0])
-    up, down = up.flatten(1).float() * scale, down.flatten(1).float()
+        return False
+    changed = list(shape)
     if offset is not None:
-        # A LoRA of one slice of a fused matrix (q of qkv) has zeros in the other slices.
-        dim, start, length = offset
-        padding = (start, shape[dim] - start - length)
-        up, down = (F.pad(up, (0, 0, *padding)), down) if dim == 0 else (up, F.pad(down, padding))
-    return (down, up) if (up.shape[0], down.shape[1]) == shape else None
+        dim, _, changed[dim] = offset
+    (out, rank), (rank_of_down, into) = up.flatten(1).shape, down.flatten(1).shape
+    return [out, into] == changed and rank == rank_of_down
+
+
+def _down(patch: tuple, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[rank, in] on the device; no strength is in it."""
+    _, adapter, _, offset, _ = patch
+    down = _sent(adapter.weights[1], device).flatten(1).to(dtype)
+    return F.pad(down, _zeros_around(offset, shape)) if offset is not None and offset[0] == 1 else down
+
+
+def _up(patch: tuple, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[out, rank] on the device, times strength and alpha / rank."""
+    strength, adapter, _, offset, _ = patch
+    up, down, alpha, *_ = adapter.weights
+    scale = strength * (1.0 if alpha is None else alpha / down.shape[0])
+    up = (_sent(up, device).flatten(1).float() * scale).to(dtype)
+    return F.pad(up, (0, 0, *_zeros_around(offset, shape))) if offset is not None and offset[0] == 0 else up
+
+
+def _zeros_around(offset: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[int, int]:
+    """A LoRA of one slice of a fused matrix (q of qkv) has zeros in the other slices: how many before and after."""
+    dim, start, length = offset
+    return start, shape[dim] - start - length
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As the file has it: the device is the quicker one to convert and to scale it."""
+    return comfy.model_management.cast_to_device(tensor, device, tensor.dtype)
 
 
 def _moved(value, device: torch.device):
