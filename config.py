@@ -19,6 +19,7 @@ OPTIMIZATION_PROFILE = {
     "quant_cache_size": 256,
     "max_parallel_models": 2,
     "max_loras": 2,
+    "preload_loras": 512,
     "compute": "exact",
 }
 
@@ -40,6 +41,7 @@ class Settings:
     quant_cache_size: int
     max_parallel_models: int
     max_loras: int
+    preload_loras: int
     compute: str
     memory_mode: str
     vae_slicing: bool
@@ -113,7 +115,18 @@ TABLE = (
         2,
         "How many diffusion models and text encoders of this pack stay loaded; the least recently used leaves first.",
     ),
-    Setting("max_loras", whole_number(1, "LoRAs"), 2, "How many LoRAs one LoraLoaderGGUF node takes."),
+    Setting(
+        "max_loras",
+        whole_number(1, "LoRAs"),
+        2,
+        "How many LoRAs a LoraLoaderGGUF node shows; with more on one model, from any nodes, a warning says the cost.",
+    ),
+    Setting(
+        "preload_loras",
+        whole_number(0, "megabytes"),
+        512,
+        "Megabytes of LoRA files kept in memory, pinned beside a GPU; the least recently used leaves; 0 keeps none.",
+    ),
     Setting(
         "compute",
         one_of("exact", "fp8", "int8", "auto"),

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import comfy.sd
-import comfy.utils
 from comfy.model_patcher import ModelPatcher
+
+from .lora_files import read_lora
 
 
 class LoraMismatchError(ValueError):
@@ -18,7 +19,7 @@ def apply_lora(
 
     Raises LoraMismatchError if not one key of the file names a weight of the model or the text encoder.
     """
-    lora, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    lora, metadata = read_lora(path)
     keys = list(lora)
     new_model, new_clip = comfy.sd.load_lora_for_models(model, clip, lora, strength_model, strength_clip, metadata)
     patched = _n_patches(new_model) > _n_patches(model)

@@ -1,10 +1,11 @@
-"""LoRA applier: up to `max_loras` LoRAs beside the packed weights of a model and its text encoder."""
+"""LoRA applier: LoRAs beside the packed weights of a model and its text encoder."""
 
 import folder_paths
 from comfy_api.latest import io
 
 from ..config import settings
 from ..loader.lora import apply_lora
+from ..loader.lora_files import read_lora
 from .folders import files
 
 NONE = "none"
@@ -19,6 +20,16 @@ class LoraLoaderGGUF(io.ComfyNode):
         ]
         for number in range(1, settings().max_loras + 1):
             inputs += _inputs_of_one(number)
+        inputs.append(
+            io.MultiCombo.Input(
+                "preload",
+                options=files("loras"),
+                default=[],
+                optional=True,
+                tooltip="LoRAs to read into memory now, so that choosing one later reads nothing from disk. "
+                "The setting preload_loras says how many megabytes stay.",
+            )
+        )
         return io.Schema(
             node_id="LoraLoaderGGUF",
             display_name="Load LoRA (GGUF)",
@@ -27,7 +38,7 @@ class LoraLoaderGGUF(io.ComfyNode):
             "changing or removing them.",
             search_aliases=["gguf", "lora", "lora stack", "apply lora", "load lora"],
             inputs=inputs,
-            # So that a workflow saved with more LoRAs is refused, not painted without them.
+            # So that a workflow saved with more LoRAs is not painted without them.
             accept_all_inputs=True,
             outputs=[
                 io.Model.Output(tooltip="The model with the LoRAs."),
@@ -36,16 +47,11 @@ class LoraLoaderGGUF(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip=None, **widgets) -> io.NodeOutput:
-        max_loras = settings().max_loras
-        beyond = [name for name in widgets if name.startswith("lora_") and int(name[5:]) > max_loras]
-        if any(widgets[name] != NONE for name in beyond):
-            raise ValueError(
-                f"LoraLoaderGGUF: {', '.join(beyond)} is set, but max_loras is {max_loras}. Raise max_loras in the "
-                "pack's config.json, or put a second Load LoRA (GGUF) behind this one."
-            )
-        for number in range(1, max_loras + 1):
-            name = widgets.get(f"lora_{number}", NONE)
+    def execute(cls, model, clip=None, preload=(), **widgets) -> io.NodeOutput:
+        for name in preload:
+            read_lora(folder_paths.get_full_path_or_raise("loras", name))
+        for number in sorted(int(widget.removeprefix("lora_")) for widget in widgets if widget.startswith("lora_")):
+            name = widgets[f"lora_{number}"]
             strength_model = widgets.get(f"strength_model_{number}", 1.0)
             strength_clip = widgets.get(f"strength_clip_{number}", 1.0)
             if name != NONE and (strength_model, strength_clip) != (0, 0):

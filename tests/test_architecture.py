@@ -51,6 +51,7 @@ MEETS_HOST = {
     "loader.text_encoder",
     "loader.vae",
     "loader.lora",
+    "loader.lora_files",
     "loader.model_patcher",
     "loader.residency",
     "loader.state_dict",

@@ -17,6 +17,7 @@ SHIPPED = {
     "quant_cache_size": 256,
     "max_parallel_models": 2,
     "max_loras": 2,
+    "preload_loras": 512,
     "compute": "exact",
     "memory_mode": "balanced",
     "vae_slicing": False,
@@ -30,6 +31,7 @@ LAYERS = {
     "quant_cache_size": (1, 0, 3, 4),
     "max_parallel_models": (3, 4, 5, 1),
     "max_loras": (3, 4, 5, 1),
+    "preload_loras": (1, 0, 3, 4),
     "compute": ("fp8", "int8", "auto", "exact"),
     "memory_mode": ("aggressive", "conservative", "balanced", "aggressive"),
     "vae_slicing": (True, False, True, False),
@@ -42,6 +44,7 @@ BAD_VALUES = {
     "quant_cache_size": (-1, 256.0, True, "256", None),
     "max_parallel_models": (0, 1.5, True, "2"),
     "max_loras": (0, False, {}),
+    "preload_loras": (-1, 1.5, True, "512", ["style.safetensors"]),
     "compute": ("FP8", "fast", 8, None),
     "memory_mode": ("Aggressive", "low", 1, ["balanced"]),
     "vae_slicing": (1, "yes"),
@@ -53,6 +56,7 @@ BAD_TEXTS = {
     "quant_cache_size": ("-1", "256MB", "2.0", "", "²"),
     "max_parallel_models": ("-1", "true"),
     "max_loras": ("two",),
+    "preload_loras": ("-1", "512MB", "style.safetensors"),
     "compute": ("fp16", ""),
     "memory_mode": ("Aggressive", ""),
     "vae_slicing": ("maybe",),
@@ -62,6 +66,7 @@ ALLOWED = {
     "quant_cache_size": "a whole number of megabytes, 0 or more",
     "max_parallel_models": "a whole number of models, 1 or more",
     "max_loras": "a whole number of LoRAs, 1 or more",
+    "preload_loras": "a whole number of megabytes, 0 or more",
     "compute": "one of 'exact', 'fp8', 'int8', 'auto'",
     "memory_mode": "one of 'conservative', 'balanced', 'aggressive'",
 }
@@ -104,7 +109,7 @@ def test_defaults_without_any_source(config_json):
 def test_profile_and_table_ship_the_same_defaults():
     table = {name: setting.default for name, setting in SETTINGS.items()}
     assert table == SHIPPED
-    assert {key: SHIPPED[key] for key in list(SHIPPED)[:6]} == OPTIMIZATION_PROFILE
+    assert {key: SHIPPED[key] for key in list(SHIPPED)[:7]} == OPTIMIZATION_PROFILE
     assert [field.name for field in dataclasses.fields(config.Settings)] == list(SETTINGS)
 
 
