@@ -18,6 +18,10 @@ log = logging.getLogger("gguf_native")
 ALIGNMENT = 64
 
 
+class LoraFileError(ValueError):
+    """A file that ComfyUI's reader cannot read."""
+
+
 class Version(NamedTuple):
     """A file as it is now: one that was written anew is another version, and is read anew."""
 
@@ -42,12 +46,12 @@ kept: OrderedDict[Version, LoraFile] = OrderedDict()
 def read_lora(path: str) -> tuple[dict[str, torch.Tensor], dict | None]:
     """(tensors, metadata) of a LoRA file; from memory where the setting `preload_loras` has room for it.
 
-    The same version gives the same tensors as long as it is kept. Raises what ComfyUI's reader does for a broken file.
+    The same version gives the same tensors as long as it is kept. Raises LoraFileError for a broken file.
     """
     status = Path(path).stat()
     version = Version(path, status.st_mtime_ns, status.st_size)
     if version not in kept:
-        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        tensors, metadata = _from_disk(path)
         if not _make_room(version):
             return tensors, metadata
         kept[version] = _in_one_buffer(tensors, metadata)
@@ -57,6 +61,17 @@ def read_lora(path: str) -> tuple[dict[str, torch.Tensor], dict | None]:
     file = kept[version]
     # ComfyUI's conversion of some key styles changes the dict that it is given.
     return dict(file.tensors), file.metadata
+
+
+def _from_disk(path: str) -> tuple[dict, dict | None]:
+    try:
+        return comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    except Exception as error:
+        # Each format's library has errors of its own. Few name the file, and torch's goes on to advise to run its code.
+        reason = str(error).partition(". ")[0]
+        raise LoraFileError(
+            f"{Path(path).name}: cannot be read as a LoRA: {reason}. Download it again, or choose another."
+        ) from error
 
 
 def _make_room(version: Version) -> bool:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ NO_COMPILER = "torch.compile on a CPU needs a C++ compiler, and there is none he
 # Two pictures of the same weights whose arithmetic differs in the last bits of float32, in steps of 255.
 LAST_BITS = 2
 SEEDS = itertools.count(100)
+MANY_LORAS = "LoRAs on one model, more than max_loras, which "
 
 
 # Text encoders in float32, as blocks decode: by default the host rounds them to float16. Attention that torch.compile
@@ -380,11 +383,45 @@ def test_a_lora_for_another_model_says_so(exact, samples):
         exact.run(with_loras(flux_with_clip_l(samples), (name, 1.0, 1.0)))
 
 
-def test_a_workflow_with_more_loras_than_max_loras_is_refused(exact, samples, loras):
-    graph = with_loras(flux_with_clip_l(samples), (loras[0], 1.0, 0.0))
-    graph["lora"]["inputs"]["lora_3"] = loras[1]
-    with pytest.raises(WorkflowError, match=r"lora_3 is set, but max_loras is 2"):
-        exact.run(graph)
+def test_more_loras_than_max_loras_are_applied_and_their_cost_is_said_once(exact, samples, loras):
+    """In one node, as a workflow saved with a larger max_loras has them, and in chained ones of both kinds."""
+    graph = flux_with_clip_l(samples)
+    two = with_loras(graph, (loras[0], 0.5, 0.0), (loras[0], 0.25, 0.0))
+    picture(exact, two)
+    assert MANY_LORAS not in exact.log()
+    three = with_loras(graph, *[(loras[0], strength, 0.0) for strength in (0.5, 0.25, 0.125)])
+    pictures = [
+        picture(exact, three),
+        picture(exact, with_host_loras(two, (loras[0], 0.125, 0.0))),
+        picture(exact, with_loras(graph, (loras[0], 0.875, 0.0))),
+    ]
+    assert difference(pictures[0], pictures[1]) == 0
+    assert difference(pictures[0], pictures[2]) <= LAST_BITS
+    assert exact.log().count(MANY_LORAS) == 1
+    assert re.search(MANY_LORAS + r"is 2\..* now [0-9.]+ % more multiplications in .* and [0-9.]+ MB", exact.log())
+
+
+def test_loras_are_read_once_and_ahead(exact, samples, loras):
+    """The server's log has one line for each file that comes into memory."""
+    graph = flux_with_clip_l(samples)
+    ahead = exact.base / "output" / "loras" / "ahead.safetensors"
+    ahead.parent.mkdir(exist_ok=True)
+    shutil.copyfile(samples.sample("tiny_flux_lora"), ahead)
+    stays = f"LoRA {ahead.name} stays in memory"
+    with_list = with_loras(graph, (loras[0], 0.75, 0.0))
+    with_list["lora"]["inputs"]["preload"] = [ahead.name, loras[0]]
+    before = picture(exact, with_list)
+    assert exact.log().count(stays) == 1
+    # From memory: the file is not there any more, but for its name and its version.
+    status = ahead.stat()
+    ahead.write_bytes(bytes(status.st_size))
+    os.utime(ahead, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert difference(picture(exact, with_loras(graph, (ahead.name, 0.75, 0.0))), before) == 0
+    assert exact.log().count(stays) == 1
+    os.utime(ahead)
+    with pytest.raises(WorkflowError, match=r"ahead\.safetensors: cannot be read as a LoRA"):
+        exact.run(with_loras(graph, (ahead.name, 0.7, 0.0)))
+    ahead.unlink()
 
 
 def compiled(graph: Graph) -> Graph:

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from adapters import ADAPTERS, KEY_STYLES, KOHYA, LOW_RANK, PEFT, RANK, pairs, tensors, values
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,6 @@ from sampling import INPUTS, normal, relative_error, sample
 
 BOUND = 1e-3
 CPU = torch.device("cpu")
-RANK = 4
 FLUX, SD15 = ("tiny_flux_256", "Q4_K"), ("tiny_sd15", "Q8_0")
 LAYERS = {
     FLUX: ("double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.2", "single_blocks.1.linear1"),
@@ -38,43 +38,16 @@ LAYERS = {
 }
 
 
-def plain(shape):
-    """up [out, rank], down [rank, in], and for a convolution its kernel on the way down (LoCon)."""
-    ones = (1,) * (len(shape) - 2)
-    return {"lora_up.weight": (shape[0], RANK, *ones), "lora_down.weight": (RANK, *shape[1:])}
-
-
-def tucker(shape):
-    """LoCon in three parts: the kernel in the middle."""
-    if len(shape) == 2:
-        return plain(shape)
-    up, down = (shape[0], RANK, 1, 1), (RANK, shape[1], 1, 1)
-    return {"lora_up.weight": up, "lora_down.weight": down, "lora_mid.weight": (RANK, RANK, *shape[2:])}
-
-
-def loha(shape):
-    rest = torch.Size(shape[1:]).numel()
-    out, into = (shape[0], RANK), (RANK, rest)
-    return {"hada_w1_a": out, "hada_w1_b": into, "hada_w2_a": out, "hada_w2_b": into}
-
-
-# Adapter -> the tensors of its file for a weight of some shape, as {end of name: shape}.
-ADAPTERS = {
-    "lora": plain,
-    "alpha": lambda shape: plain(shape) | {"alpha": ()},
-    "bias": lambda shape: plain(shape) | {"diff_b": shape[:1]},
-    "tucker": tucker,
-    "dora": lambda shape: plain(shape) | {"dora_scale": (shape[0], *(1,) * (len(shape) - 1))},
-    "loha": loha,
-    "lokr": lambda shape: {"lokr_w1": (4, 4), "lokr_w2": (shape[0] // 4, shape[1] // 4, *shape[2:])},
-    "oft": lambda shape: {"oft_blocks": (shape[0] // 8, 8, 8)},
-    "diff": lambda shape: {"diff": shape},
-    "set": lambda shape: {"set_weight": shape},
-}
-LOW_RANK = ("lora", "alpha", "bias")
+# Of its size, that a model is given to be loaded in part; the host also reserves room for its largest weight, decoded.
+SHARES = (0.6, 0.95, 3.5, 4, 5, 6, 7, 8)
+# Flux in Q8_0 has img_in packed too, which LoRAs of BFL change.
+FAMILIES = {"flux": ("tiny_flux_256", "Q8_0"), "sd15": SD15, "sd3": ("tiny_sd3", "Q6_K"), "wan": ("tiny_wan", "Q8_0")}
 # A convolution is decoded for every call in any case: its LoRAs go the way of the other adapters.
-CASES = [(FLUX, adapter) for adapter in ADAPTERS if adapter != "tucker"]
-CASES += [(SD15, adapter) for adapter in ("lora", "bias", "tucker", "dora", "lokr", "oft")]
+OF_CONVOLUTIONS = ("tucker", "loha tucker")
+NOT_OF_CONVOLUTIONS = ("alpha", "dora of columns", "loha with dora", "lokr with dora", "old glora", "oft with alpha")
+CASES = [(FLUX, adapter) for adapter in ADAPTERS if adapter not in OF_CONVOLUTIONS]
+CASES += [(SD15, adapter) for adapter in ADAPTERS if adapter not in NOT_OF_CONVOLUTIONS]
+CASES += [(FAMILIES[family], style) for style, (family, _) in KEY_STYLES.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -98,27 +71,15 @@ def packed(samples, model) -> ModelPatcher:
     return load_diffusion_model(str(samples.gguf(*model)))
 
 
-def values(end: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Random, of a size that changes a weight by about a tenth of itself; alphas and scales near their usual values."""
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    if end == "alpha":
-        return torch.tensor(RANK / 2)
-    if end == "dora_scale":
-        return 1 + 0.1 * noise
-    if end.startswith("hada"):
-        return noise * 0.3
-    if end in ("lora_up.weight", "lora_mid.weight", "lokr_w1"):
-        return noise * 0.3
-    return noise / torch.Size(shape[1:]).numel() ** 0.5
-
-
 def adapter_file(samples, model, adapter: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA file with one adapter for each of LAYERS."""
-    weights, tensors = decoded_weights(samples.gguf(*model)), {}
+    """The tensors of a LoRA file: one adapter for each of LAYERS, or what the tool of a key style writes."""
+    if adapter in KEY_STYLES:
+        return tensors(KEY_STYLES[adapter][1], seed)
+    weights, shapes = decoded_weights(samples.gguf(*model)), {}
     for layer in LAYERS[model]:
         for end, shape in ADAPTERS[adapter](tuple(weights[f"{layer}.weight"].shape)).items():
-            tensors[f"diffusion_model.{layer}.{end}"] = values(end, shape, seed + len(tensors))
-    return tensors
+            shapes[f"diffusion_model.{layer}.{end}"] = shape
+    return tensors(shapes, seed)
 
 
 def with_lora(model: ModelPatcher, lora: dict, strength: float = 1.0) -> ModelPatcher:
@@ -143,9 +104,9 @@ def predict(patcher: ModelPatcher, name: str) -> torch.Tensor:
 
 def loaded_in_part(patcher: ModelPatcher) -> ModelPatcher:
     """Have some layers loaded and some not, then some more unloaded: as in a full VRAM without DynamicVRAM."""
-    for percent in range(99, 0, -1):
+    for share in SHARES:
         patcher.detach()
-        patcher.patch_model(CPU, patcher.model_size() * percent / 100)
+        patcher.patch_model(CPU, patcher.model_size() * share)
         states = {getattr(layer, "comfy_patched_weights", False) for layer in packed_layers(patcher.model).values()}
         if states == {True, False}:
             assert patcher.partially_unload(CPU, patcher.loaded_size() * 0.3) > 0
@@ -155,7 +116,11 @@ def loaded_in_part(patcher: ModelPatcher) -> ModelPatcher:
 
 @pytest.fixture(params=["complete", "in part", "dynamic"])
 def run(request):
-    """Function (patcher, name of the sample) -> latent, in one memory mode."""
+    """Function (patcher, name of the sample) -> latent, in one memory mode.
+
+    complete: without DynamicVRAM, all loaded, as on a CPU and on a GPU that has the room. in part: the same on one that
+    has not. dynamic: DynamicVRAM's patcher.
+    """
     if request.param == "dynamic":
         request.getfixturevalue("dynamic_vram_on_cpu")
     if request.param == "in part":
@@ -209,10 +174,12 @@ def test_latent_is_that_of_the_host_with_the_lora(samples, expected, request, ru
     assert relative_error(latent, with_it) < BOUND
     assert relative_error(with_it, without_it) > 5 * BOUND
     assert_nothing_merged(lora, n_packed)
-    for layer in LAYERS[model]:
-        path = packed_layers(lora.model)[f"diffusion_model.{layer}.weight"].side_path
-        is_matrix = len(path_shape(lora, layer)) == 2
-        assert (path.low_rank is not None) == (is_matrix and adapter in (*LOW_RANK, "tucker"))
+    layers = packed_layers(lora.model)
+    for key in lora.patches.keys() & layers.keys():
+        assert layers[key].side_path is not None
+        if adapter in ADAPTERS:
+            is_matrix = len(layers[key].weight.shape) == 2
+            assert (layers[key].side_path.low_rank is not None) == (is_matrix and adapter in LOW_RANK)
 
     assert torch.equal(run(base, model[0]), without_it)
     assert_nothing_merged(base, n_packed)
@@ -287,27 +254,13 @@ def test_unloaded_model_keeps_no_lora(samples):
     assert not any(layer.side_path for layer in packed_layers(lora.model).values())
 
 
-def test_slices_of_a_fused_matrix(samples, run):
+def test_slices_of_a_fused_matrix_are_one_pair_of_factors(samples):
     """Files for diffusers name q, k and v of Flux apart; ComfyUI has them in one matrix."""
-    ends = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_v_proj"]
-    names = [f"transformer.transformer_blocks.0.{end}" for end in ends]
-    names += [f"transformer.single_transformer_blocks.0.{end}" for end in ("attn.to_k", "proj_mlp")]
-    lora = {}
-    for name in names:
-        out = 1024 if name.endswith("proj_mlp") else 256
-        lora[f"{name}.lora_A.weight"] = values("down", (RANK, 256), len(lora))
-        lora[f"{name}.lora_B.weight"] = values("lora_up.weight", (out, RANK), len(lora))
-    base = packed(samples, FLUX)
-    patched = with_lora(base, lora)
-    assert sum(len(patches) for patches in patched.patches.values()) == len(names)
-    reference = with_lora(by_the_host(samples, FLUX), lora)
-    latent = run(patched, FLUX[0])
-    layers = packed_layers(patched.model)
-    fused = layers["diffusion_model.double_blocks.0.img_attn.qkv.weight"].side_path.low_rank
+    lora = with_lora(packed(samples, FLUX), adapter_file(samples, FLUX, "diffusers"))
+    loaded(lora)
+    fused = packed_layers(lora.model)["diffusion_model.double_blocks.0.img_attn.qkv.weight"].side_path.low_rank
     assert fused.down.shape == (3 * RANK, 256)
-    with_it = predict(loaded(reference), FLUX[0]) if patched.model.model_lowvram else sample(reference, FLUX[0], 1)
-    assert relative_error(latent, with_it) < BOUND
-    assert relative_error(latent, run(base, FLUX[0])) > 5 * BOUND
+    assert fused.up.shape == (768, 3 * RANK)
 
 
 @pytest.mark.parametrize("mode", ["complete", "dynamic"])
@@ -456,30 +409,97 @@ def test_node_without_an_effect_gives_the_model_back(samples, lora_folder):
     assert off.args[0] is base
 
 
-def embeddings(clip: comfy.sd.CLIP) -> torch.Tensor:
-    cond, pooled = clip.encode_from_tokens(clip.tokenize("a small test of a prompt"), return_pooled=True)
-    return torch.cat([cond.flatten(), pooled.flatten()])
+TEXT = (("tiny_t5", "Q4_K", "llama.cpp"), ("tiny_clip_l", "Q8_0", "comfyui"))
+TEXT_LAYERS = {
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q": (256, 256),
+    "text_encoders.t5xxl.transformer.encoder.block.1.layer.1.DenseReluDense.wo": (256, 512),
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1": (512, 256),
+    "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding": (49408, 256),
+}
+# As the tools that train Flux name the layers of CLIP-L and of T5.
+TEXT_STYLES = {
+    "Kohya, OneTrainer": (
+        KOHYA,
+        {
+            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (256, 256),
+            "lora_te2_encoder_block_0_layer_0_SelfAttention_v": (256, 256),
+            "lora_te3_encoder_block_1_layer_1_DenseReluDense_wi_0": (512, 256),
+        },
+    ),
+    "diffusers": (PEFT, {"text_encoder.text_model.encoder.layers.1.self_attn.out_proj": (256, 256)}),
+}
+TEXT_CASES = ["lora", "dora", "loha", "lokr", "glora", "oft", "boft", "diff", "set", *TEXT_STYLES]
 
 
-@pytest.mark.parametrize("strength", [1.0, -0.5])
-def test_lora_on_a_text_encoder(samples, strength):
-    path = samples.gguf("tiny_clip_l", "Q8_0")
-    clip = load_text_encoder([str(path)], "stable_diffusion")
-    lora = load_file(samples.sample("tiny_clip_l_lora"))
-    weights = {key: tensor.clone() for key, tensor in decoded_weights(path).items()}
-    saved = comfy.sd.load_text_encoder_state_dicts(
-        [weights], model_options={"model_config": {**samples.TINY_CLIP_L}, "dtype": torch.float32}
-    )
-    off = embeddings(clip)
-    by_host = comfy.sd.load_lora_for_models(None, clip, dict(lora), 0, strength)[1]
-    expected = embeddings(comfy.sd.load_lora_for_models(None, saved, dict(lora), 0, strength)[1])
-    on = embeddings(by_host)
+def text_file(adapter: str) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA file for the encoders of TEXT."""
+    if adapter in TEXT_STYLES:
+        ends, stems = TEXT_STYLES[adapter]
+        return tensors(pairs(*ends, stems))
+    named = {
+        f"{layer}.{end}": of for layer, shape in TEXT_LAYERS.items() for end, of in ADAPTERS[adapter](shape).items()
+    }
+    return tensors(named)
+
+
+def with_text_lora(clip: comfy.sd.CLIP, lora: dict, strength: float = 1.0) -> comfy.sd.CLIP:
+    return comfy.sd.load_lora_for_models(None, clip, dict(lora), 0, strength)[1]
+
+
+def encoding(clip: comfy.sd.CLIP) -> torch.Tensor:
+    """What the text encoders make of a prompt, loaded as they are now."""
+    tokens = clip.tokenize("a small test of a prompt")
+    return torch.cat([part.flatten() for part in clip.cond_stage_model.encode_token_weights(tokens)[:2]])
+
+
+@pytest.fixture(scope="module")
+def decoded_clip(samples) -> comfy.sd.CLIP:
+    """What ComfyUI's own loader makes of the encoders' decoded weights."""
+    files = [str(samples.decoded(name, kind, torch.float32)) for name, kind, _ in TEXT]
+    options = {"t5xxl_model_config": {**samples.TINY_T5}, "model_config": {**samples.TINY_CLIP_L}}
+    return comfy.sd.load_clip(files, clip_type=comfy.sd.CLIPType.FLUX, model_options=options | {"dtype": torch.float32})
+
+
+@pytest.mark.parametrize("adapter", TEXT_CASES)
+@pytest.mark.parametrize("mode", ["complete", "in part", "dynamic"])
+def test_lora_on_text_encoders(samples, decoded_clip, request, mode, adapter):
+    expected = encoding(loaded_clip(with_text_lora(decoded_clip, text_file(adapter))))
+    without = encoding(loaded_clip(decoded_clip))
+    if mode == "dynamic":
+        request.getfixturevalue("dynamic_vram_on_cpu")
+    load = loaded_clip_in_part if mode == "in part" else loaded_clip
+    base = load_text_encoder([str(samples.gguf(*file)) for file in TEXT], "flux")
+    assert base.is_dynamic() == (mode == "dynamic")
+    n_packed = len(packed_layers(base.cond_stage_model))
+    lora = load(with_text_lora(base, text_file(adapter)))
+    on = encoding(lora)
     assert relative_error(on, expected) < BOUND
-    assert relative_error(off, expected) > 5 * BOUND
-    by_loader = apply_lora(packed(samples, FLUX), clip, str(samples.sample("tiny_clip_l_lora")), 1.0, strength)[1]
-    assert torch.equal(embeddings(by_loader), on)
-    assert torch.equal(embeddings(clip), off)
-    assert len(packed_layers(clip.cond_stage_model)) > 0
+    assert relative_error(expected, without) > 5 * BOUND
+    layers = packed_layers(base.cond_stage_model)
+    assert lora.patcher.patches.keys() <= layers.keys()
+    for key in lora.patcher.patches:
+        assert (layers[key].side_path.low_rank is not None) == (adapter in (*LOW_RANK, *TEXT_STYLES))
+    assert torch.equal(encoding(load(base)), without)
+    assert len(packed_layers(base.cond_stage_model)) == n_packed
+
+
+def loaded_clip(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    clip.load_model()
+    return clip
+
+
+def loaded_clip_in_part(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    loaded_in_part(clip.patcher)
+    return clip
+
+
+def test_node_puts_a_lora_on_a_text_encoder(samples):
+    lora = samples.sample("tiny_clip_l_lora")
+    clip = load_text_encoder([str(samples.gguf("tiny_clip_l", "Q8_0"))], "stable_diffusion")
+    by_host = encoding(loaded_clip(with_text_lora(clip, load_file(lora), -0.5)))
+    by_loader = apply_lora(packed(samples, FLUX), clip, str(lora), 1.0, -0.5)[1]
+    assert torch.equal(encoding(loaded_clip(by_loader)), by_host)
+    assert relative_error(encoding(loaded_clip(clip)), by_host) > 5 * BOUND
 
 
 def test_lora_of_another_model_is_named(samples):
