@@ -11,16 +11,21 @@ from types import ModuleType
 import numpy as np
 import psutil
 import pytest
+import torch
+from adapters import pairs, tensors
 from host.client import Graph
 from host.environment import ROOT
 from host.server import PACK, Server, running_server
 from host.workflows import node, text_to_image
+from safetensors.torch import save_file
 
 SECONDS_TO_LET_GO = 20
 # In steps of 255: torch rounds a convolution of one picture otherwise than that of a batch, in the last bits.
 BY_SLICING = 1
 UNLOADING = re.compile(r"GGUF Native: unloading (\w+) \((.+)\): (.+)\.")
 COMPUTE = re.compile(r"GGUF Native: some layers compute exactly instead of in (\w+), which is slower: (.+)\.")
+MANY_LORAS = "2 LoRAs on one model, more than max_loras, which"
+LORA_FILES = re.compile(r"GGUF Native: LoRA (\w+)\.safetensors (stays in|leaves) memory")
 DECODING = "GGUF Native: decoding 2 latent(s) one at a time (vae_slicing)."
 # Loaded models as the log names them.
 TEXT, FLUX = ("FluxClipModel_", "text encoder"), ("Flux", "diffusion model")
@@ -164,6 +169,37 @@ def test_sequential_processing_and_vae_slicing(comfyui, samples, tmp_path, plain
         assert server.log().count(DECODING) == 1
         server.run(flux(samples, "a dog"))
         assert unloaded(server.log()) == [text_leaves, (*FLUX, "before the text encoder loads"), text_leaves]
+
+
+def with_loras(graph: Graph, *names: str) -> Graph:
+    """A copy with a chain of LoraLoaderGGUF before the sampler, one LoRA in each."""
+    graph = graph | {"sampler": node("KSampler", **graph["sampler"]["inputs"])}
+    for name in names:
+        model = graph["sampler"]["inputs"]["model"]
+        graph[name] = node("LoraLoaderGGUF", model=model, lora_1=name, strength_model_1=0.5)
+        graph["sampler"]["inputs"]["model"] = [name, 0]
+    return graph
+
+
+def test_preload_loras_and_max_loras(comfyui, samples, tmp_path, plain_pictures):
+    """A megabyte of memory for two LoRAs of 0.6 each: with each change of them one leaves."""
+    folder = tmp_path / "output" / "loras"
+    folder.mkdir(parents=True)
+    shapes = pairs(".lora_B.weight", ".lora_A.weight", {"diffusion_model.single_blocks.0.linear1": (1792, 256)})
+    for seed, name in enumerate(("one.safetensors", "two.safetensors")):
+        unused = {"of another model": torch.zeros(2**17 + 2**14)}
+        save_file(tensors(shapes, seed) | unused, folder / name)
+    with server_with(comfyui, samples, tmp_path, preload_loras="1", max_loras="1") as server:
+        assert "lora_1" in (inputs := server.object_info()["LoraLoaderGGUF"]["input"]["optional"])
+        assert "lora_2" not in inputs
+        one = pictures(server, with_loras(flux(samples), "one.safetensors"))
+        assert difference(one, plain_pictures) > 0
+        assert MANY_LORAS not in server.log()
+        both = pictures(server, with_loras(flux(samples), "one.safetensors", "two.safetensors"))
+        assert difference(both, one) > 0
+        assert server.log().count(MANY_LORAS + " is 1.") == 1
+        assert LORA_FILES.findall(server.log()) == [("one", "stays in"), ("one", "leaves"), ("two", "stays in")]
+        assert "leaves memory: preload_loras is 1 MB." in server.log()
 
 
 def test_environment_goes_before_config_json(comfyui, samples, tmp_path, plain_pictures):

@@ -409,7 +409,8 @@ def test_loras_are_read_once_and_ahead(exact, samples, loras):
     shutil.copyfile(samples.sample("tiny_flux_lora"), ahead)
     stays = f"LoRA {ahead.name} stays in memory"
     with_list = with_loras(graph, (loras[0], 0.75, 0.0))
-    with_list["lora"]["inputs"]["preload"] = [ahead.name, loras[0]]
+    # As the page sends a list: bare, two of them would be a link to another node.
+    with_list["lora"]["inputs"]["preload"] = {"__value__": [ahead.name, loras[0]]}
     before = picture(exact, with_list)
     assert exact.log().count(stays) == 1
     # From memory: the file is not there any more, but for its name and its version.

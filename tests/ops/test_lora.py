@@ -7,7 +7,7 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 
 import comfy.lora
 from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
-from gguf_native.ops.lora import side_path
+from gguf_native.ops.lora import n_loras, side_path
 
 CPU = torch.device("cpu")
 KEY, SHAPE = "layer.weight", (24, 16)
@@ -109,3 +109,53 @@ def test_known_by_its_patches_and_device():
     # The host adds to the very list that it handed over.
     patches.append(patch(lora()))
     assert not path.is_of(patches, CPU, torch.float32)
+
+
+def test_another_strength_keeps_down():
+    adapters = lora(alpha=2.0), lora(rank=8)
+    before = side_path([patch(adapter) for adapter in adapters], KEY, SHAPE, CPU, torch.float32)
+    patches = [patch(adapter, strength) for adapter, strength in zip(adapters, (0.5, -3.0), strict=True)]
+    changed = side_path(patches, KEY, SHAPE, CPU, torch.float32, before=before)
+    anew = side_path(patches, KEY, SHAPE, CPU, torch.float32)
+    assert changed.low_rank.down is before.low_rank.down
+    for one, other in zip(changed.low_rank, anew.low_rank, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [
+        [patch(lora())],
+        [patch(lora(rank=8)), patch(lora())],
+        [patch(lora(out=8), offset=(0, 0, 8)), patch(lora(rank=8))],
+    ],
+    ids=["fewer", "order", "slices"],
+)
+def test_other_loras_have_their_own_down(patches):
+    kept = [patch(lora()), patch(lora(rank=8))]
+    before = side_path(kept, KEY, SHAPE, CPU, torch.float32)
+    changed = side_path(patches, KEY, SHAPE, CPU, torch.float32, before=before)
+    anew = side_path(patches, KEY, SHAPE, CPU, torch.float32)
+    for one, other in zip(changed.low_rank, anew.low_rank, strict=True):
+        assert torch.equal(one, other)
+    for dtype, device in ((torch.bfloat16, CPU), (torch.float32, torch.device("meta"))):
+        other = side_path(kept, KEY, SHAPE, device, dtype, before=before)
+        assert (other.low_rank.down.dtype, other.low_rank.down.device) == (dtype, device)
+
+
+def test_factors_of_different_ranks_change_nothing():
+    """As in the host, which logs it: such a file is broken."""
+    broken = LoRAAdapter(set(), (noise(24, 4), noise(5, 16), None, None, None, None))
+    path = side_path([patch(broken)], KEY, SHAPE, CPU, torch.float32)
+    weight = noise(*SHAPE)
+    assert torch.equal(path.rewrite(weight), weight)
+
+
+def test_how_many_loras_patches_come_from():
+    slices = [patch(lora(out=8), offset=(0, start, 8)) for start in (0, 8, 16)]
+    assert n_loras([]) == 0
+    assert n_loras([patch(lora()), patch(LOHA)]) == 2
+    assert n_loras(slices) == 1
+    assert n_loras([*slices, *slices[:1], patch(lora())]) == 3
+    # A merge of two models is none.
+    assert n_loras([patch(("diff", (noise(24, 16),))), patch([(noise(24, 16), None)])]) == 0
