@@ -284,8 +284,8 @@ def log_slow_patches(n_weights: int) -> None:
 @cache
 def log_loading_anew() -> None:
     log.info(
-        "GGUF Native: a LoRA also changes tensors that are not quantised: with every change of it ComfyUI loads the "
-        "whole model anew, which is slower. Only without DynamicVRAM."
+        "GGUF Native: a LoRA or another patch changes more than quantised weights: without DynamicVRAM every change of "
+        "it loads the whole model anew, which is slower."
     )
 
 
