@@ -1,7 +1,7 @@
 """From dense tensors to packed ones: the twin of dequantize, in plain torch, on any device."""
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 
 import torch
@@ -10,12 +10,12 @@ from .dequantize import format_of
 from .formats import FORMATS, BlockFormat
 from .formats.exact import with_energy
 from .formats.refine import REFINED
-from .formats.refine_unusual import encode_with_least_error
+from .formats.refine_unusual import least_error_encoder
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Values encoded in one pass: on a GPU work on them takes 0.4 to 0.8 GB, up to 1.8 GB for IQ2_* and IQ3_*.
-VALUES_PER_PASS = {"cpu": 1 << 19}
+VALUES_PER_PASS = {"cpu": 1 << 16}
 VALUES_PER_PASS_ELSEWHERE = 1 << 24
 
 # A column counts this much of the mean at least, so that it is not left to chance.
@@ -35,15 +35,15 @@ def quantize(tensor: torch.Tensor, type: str | int, importance: torch.Tensor | N
     """
     block_format = encoder_of(type)
     check_tensor(tensor, block_format)
-    refined = REFINED.get(block_format.__name__)
-    if refined is None:
+    refinement = REFINED.get(block_format.__name__)
+    if refinement is None:
         return quantize_as_ggml(tensor, type, importance)
-    encode = partial(encode_with_least_error, block_format, refined)
+    new_encoder = partial(least_error_encoder, block_format, refinement)
     if importance is None:
-        return in_passes(tensor, block_format, encode, None)
+        return in_passes(tensor, block_format, new_encoder, None)
     check_importance(importance, tensor)
     weights = weights_of(importance.to(tensor.device))
-    return in_passes(tensor, block_format, encode, weights.view(-1, block_format.block_size))
+    return in_passes(tensor, block_format, new_encoder, weights.view(-1, block_format.block_size))
 
 
 def weights_of(importance: torch.Tensor) -> torch.Tensor:
@@ -65,61 +65,67 @@ def quantize_as_ggml(tensor: torch.Tensor, type: str | int, importance: torch.Te
     block_format = encoder_of(type)
     check_tensor(tensor, block_format)
     if importance is None:
-        return in_passes(tensor, block_format, block_format.encode, None)
+        return in_passes(tensor, block_format, lambda: block_format.encode, None)
     check_importance(importance, tensor)
     weights = importance.to(tensor.device).expand(tensor.shape)
     if block_format.energy_of_row:
         rows = tensor.reshape(-1, tensor.shape[-1]).float()
         weights = with_energy(weights.reshape(rows.shape), rows, 1)
-    return in_passes(tensor, block_format, block_format.encode, weights.reshape(-1, block_format.block_size))
+    return in_passes(tensor, block_format, lambda: block_format.encode, weights.reshape(-1, block_format.block_size))
 
 
 def in_passes(
     tensor: torch.Tensor,
     block_format: type[BlockFormat],
-    encode: Callable[..., torch.Tensor],
+    new_encoder: Callable[[], Callable[..., torch.Tensor]],
     weights: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The blocks of a tensor, some at a time; weights float32 [k, block_size] are those of k blocks in turn."""
+    """The blocks of a tensor, some at a time; weights float32 [k, block_size] are those of k blocks in turn.
+
+    Every thread has an encoder of its own, a new one.
+    """
     values = tensor.detach().reshape(-1, block_format.block_size)
     blocks = torch.empty(values.shape[0], block_format.block_bytes, dtype=torch.uint8, device=tensor.device)
     blocks_per_pass = VALUES_PER_PASS.get(tensor.device.type, VALUES_PER_PASS_ELSEWHERE) // block_format.block_size
 
-    def encode_part(start: int) -> None:
-        part = slice(start, start + blocks_per_pass)
-        some_values = values[part].float().contiguous()
-        if not torch.stack(some_values.aminmax()).isfinite().all():
-            raise ValueError(not_finite(tensor, block_format))
-        blocks[part] = encode(some_values, None if weights is None else in_turn(weights, start, len(some_values)))
+    def encode_parts(starts: Iterator[int]) -> None:
+        encode = new_encoder()
+        for start in starts:
+            part = slice(start, start + blocks_per_pass)
+            some_values = values[part].float().contiguous()
+            if not torch.stack(some_values.aminmax()).isfinite().all():
+                raise ValueError(not_finite(tensor, block_format))
+            blocks[part] = encode(some_values, None if weights is None else in_turn(weights, start, len(some_values)))
 
     starts = range(0, values.shape[0], blocks_per_pass)
     if tensor.device.type == "cpu" and len(starts) > 1:
-        on_all_cores(encode_part, starts)
+        on_all_cores(encode_parts, iter(starts))
     else:
-        for start in starts:
-            encode_part(start)
+        encode_parts(iter(starts))
     return blocks.view(*tensor.shape[:-1], tensor.shape[-1] // block_format.block_size * block_format.block_bytes)
 
 
-def on_all_cores(run: Callable[[int], None], starts: Iterable[int]) -> None:
-    """run(start) for each, on as many threads as torch has, one each; the first error ends it.
+def on_all_cores(run: Callable[[Iterator[int]], None], starts: Iterator[int]) -> None:
+    """run(starts) on as many threads as torch has, which share the starts; the first error ends it.
 
     Torch's own threads wait for each other after every operation, and stand still where another program has a core.
     """
-    in_inference = torch.is_inference_mode_enabled()
 
-    def alone(start: int) -> None:
-        # Modes belong to a thread.
-        with torch.inference_mode(in_inference), torch.no_grad():
-            run(start)
+    def alone() -> None:
+        # The mode belongs to a thread, and leaves out what autograd would need.
+        with torch.inference_mode():
+            run(starts)
 
     n_threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(n_threads, "gguf-native-encoder", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for done in [pool.submit(alone, start) for start in starts]:
+        for done in as_completed([pool.submit(alone) for _ in range(n_threads)]):
             done.result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        # After an error nothing is left for the others.
+        for _ in starts:
+            pass
+        pool.shutdown()
         # The number is one of the process where the library of matrix products is MKL.
         torch.set_num_threads(n_threads)
 

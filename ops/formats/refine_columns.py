@@ -4,8 +4,8 @@ Only additions, multiplications, divisions and roundings, each by itself, and su
 does not depend on its neighbours, nor the bits on the device or the number of threads.
 """
 
-from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class IntegerCodes(NamedTuple):
         torch.round(t, out=out).clamp_(self.low, self.high)
 
     def stored(self, q: torch.Tensor) -> torch.Tensor:
-        return q.add(self.zero).to(torch.int8)
+        return q.to(torch.int8).add_(self.zero)
 
 
 class CodebookCodes(NamedTuple):
@@ -54,66 +54,98 @@ class CodebookCodes(NamedTuple):
 class Columns:
     """Groups of `group_size` values as columns x [group_size, groups of a block * n], and room for codes of them.
 
-    values: float32 [n, block_size]; weights: likewise, or None for 1. After `encode`, t holds the values in units of
-    their scales, and q what the nearest codes stand for.
+    One pass over n blocks of `block_size` values after another has its memory; w are weights, or None for 1.
+    After `encode`, t holds the values in units of their scales, and q what the nearest codes stand for.
     """
 
     def __init__(
         self,
-        values: torch.Tensor,
-        weights: torch.Tensor | None,
+        n: int,
+        block_size: int,
         group_size: int,
         codes: IntegerCodes | CodebookCodes,
+        is_weighted: bool,
+        device: torch.device,
     ) -> None:
-        n = len(values)
-        columns = values.view(n, -1, group_size).permute(2, 1, 0)
-        self.groups, self.codes = columns.shape[1], codes
-        self.x = columns.clone(memory_format=torch.contiguous_format).flatten(1).clamp_(-GREATEST_VALUE, GREATEST_VALUE)
-        self.w = None if weights is None else weights.view(n, -1, group_size).permute(2, 1, 0).reshape(self.x.shape)
-        self.t, self.q, self.product = (torch.empty_like(self.x) for _ in range(3))
-        self.sums = values.new_empty(group_size // 2, self.x.shape[1])
+        self.n, self.groups, self.codes = n, block_size // group_size, codes
+        empty = partial(torch.empty, device=device)
+        shape = group_size, self.groups * n
+        self.x, self.t, self.q, self.product = (empty(shape) for _ in range(4))
+        self.w = empty(shape) if is_weighted else None
+        # A view takes as long to make as a sum of thousands of values: those that every trial needs are made here.
+        matrices = [rows for rows in (self.x, self.t, self.q, self.product, self.w) if rows is not None]
+        self.halves = {rows: rows.chunk(2) for rows in matrices}
+        sums = self.sums = empty(group_size // 2, shape[1])
+        self.foldings, self.last_two = [], sums[:2].unbind()
+        while len(sums) > 2:
+            self.foldings.append(sums.chunk(2))
+            sums = sums[: len(sums) // 2]
+
+    def take(self, values: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """Fill x and w with those of a pass, float32 [n, block_size] each."""
+        for rows, given in ((self.x, values), (self.w, weights)):
+            if rows is not None:
+                rows.view(-1, self.groups, self.n).copy_(given.view(self.n, self.groups, -1).permute(2, 1, 0))
+
+    def limit(self) -> None:
+        """Bring x to where squares are finite."""
+        self.x.clamp_(-GREATEST_VALUE, GREATEST_VALUE)
 
     def encode(self, scale: torch.Tensor, offset: torch.Tensor | None = None) -> None:
         """Set t to (x + offset) / scale, or x / scale, and q to what is nearest. [columns] each, no scale is 0."""
+        self.encode_by(scale.reciprocal(), offset)
+
+    def encode_by(self, inverse: torch.Tensor, offset: torch.Tensor | None) -> None:
+        """The same, given 1 / scale."""
         if offset is None:
-            torch.mul(self.x, scale.reciprocal(), out=self.t)
+            torch.mul(self.x, inverse, out=self.t)
         else:
-            torch.add(self.x, offset, out=self.t).mul_(scale.reciprocal())
+            torch.add(self.x, offset, out=self.t).mul_(inverse)
         self.codes.nearest(self.t, self.q)
 
-    def total(self, *factors: torch.Tensor) -> torch.Tensor:
+    def total(self, *factors: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weighted sum [columns] of a product."""
         product, *others = factors if self.w is None else (self.w, *factors)
         for factor in others:
             product = torch.mul(product, factor, out=self.product)
-        half = len(self.sums)
-        sums = torch.add(product[:half], product[half:], out=self.sums)
-        while half > 2:
-            half //= 2
-            sums[:half].add_(sums[half : 2 * half])
-        return sums[0] + sums[1]
+        return self.sum(product, out)
+
+    def sum(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum [columns] of rows, x, t, q, w or product."""
+        torch.add(*self.halves[rows], out=self.sums)
+        for first, second in self.foldings:
+            first.add_(second)
+        return torch.add(*self.last_two, out=out)
+
+    def errors(self, scales: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+        """The weighted squared errors of the codes nearest for scales and offsets, [trials, columns] each."""
+        errors = torch.empty_like(scales)
+        trials = zip(scales.reciprocal(), repeat(None) if offsets is None else offsets, errors, strict=False)
+        for inverse, offset, error in trials:
+            self.encode_by(inverse, offset)
+            rest = self.t.sub_(self.q)
+            self.total(rest, rest, out=error)
+        return errors.mul_(scales).mul_(scales)
 
     def error(self, scale: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
-        """The weighted squared error [columns] of the codes nearest for a scale and an offset, which q holds then."""
-        self.encode(scale, offset)
-        rest = self.t.sub_(self.q)
-        return self.total(rest, rest).mul_(scale).mul_(scale)
+        """That of a single trial, [columns] each."""
+        return self.errors(scale.unsqueeze(0), None if offset is None else offset.unsqueeze(0)).squeeze(0)
 
     def blocks(self, of_groups: torch.Tensor) -> torch.Tensor:
-        """[columns] -> [groups, n]."""
-        return of_groups.reshape(self.groups, -1)
+        """[..., columns] -> [..., groups, n]."""
+        return of_groups.unflatten(-1, (self.groups, self.n))
 
     def over_groups(self, of_groups: torch.Tensor) -> torch.Tensor:
-        """The sums [n] over the groups of a block."""
-        sums = self.blocks(of_groups)
-        while len(sums) > 1:
-            sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
-        return sums[0]
+        """The sums [..., n] over the groups [..., groups, n] of a block."""
+        while of_groups.shape[-2] > 1:
+            first, second = of_groups.chunk(2, -2)
+            of_groups = first + second
+        return of_groups.squeeze(-2)
 
     def stored(self) -> torch.Tensor:
-        """The codes as the blocks hold them, uint8 [n, block_size]."""
-        codes = self.codes.stored(self.q).unflatten(1, (self.groups, -1))
-        return codes.permute(2, 1, 0).flatten(1).view(torch.uint8)
+        """The codes as the blocks hold them, uint8 [n, block_size]; those of one place in all blocks lie together."""
+        codes = self.codes.stored(self.q).view(-1, self.groups, self.n)
+        return codes.transpose(0, 1).flatten(0, 1).t().view(torch.uint8)
 
 
 @cache
@@ -133,21 +165,31 @@ def code_of_value(name: str, device: torch.device) -> torch.Tensor:
         return torch.tensor([codes.get(value, 0) for value in range(-128, 128)], dtype=torch.int8).to(device)
 
 
-def number_of_least(errors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of up to 32 errors, not negative, the number of the least (int32) and it itself, compared to 18 bits.
+@cache
+def entries(table: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """float32 [len(table)] on `device`, moved there once."""
+    with torch.inference_mode(False):
+        return torch.tensor(table, dtype=torch.float32).to(device)
 
-    The bits of floats that are not negative are ordered as integers.
+
+def for_trials(table: tuple[float, ...], of_blocks: torch.Tensor) -> torch.Tensor:
+    """A trial for each entry: float32 [trials, 1, ...], with as many ones as of_blocks has dimensions."""
+    return entries(table, of_blocks.device).view(-1, *(1,) * of_blocks.ndim)
+
+
+def number_of_least(errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of up to 32 errors [trials, columns], not negative, the number of the least (int64) and it itself, to 18 bits.
+
+    The bits of floats that are not negative are ordered as integers. The errors are overwritten.
     """
-    best = None
-    for number, error in enumerate(errors):
-        ranked = error.view(torch.int32).bitwise_and_(-TRIALS).bitwise_or_(number)
-        best = ranked if best is None else torch.minimum(best, ranked, out=best)
-    return best & TRIALS - 1, (best & -TRIALS).view(torch.float32)
+    numbers = torch.arange(len(errors), dtype=torch.int32, device=errors.device).unsqueeze(1)
+    best = errors.view(torch.int32).bitwise_and_(-TRIALS).bitwise_or_(numbers).amin(0)
+    return (best & TRIALS - 1).long(), (best & -TRIALS).view(torch.float32)
 
 
-def chosen(table: tuple[float, ...], number: torch.Tensor) -> torch.Tensor:
-    """float32, the entry of a table for each number."""
-    return torch.tensor(table, dtype=torch.float32).to(number.device).index_select(0, number)
+def chosen(trials: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """Of trials [trials, ...] those with a number [...]."""
+    return trials.gather(0, number.unsqueeze(0)).squeeze(0)
 
 
 def in_half(scale: torch.Tensor) -> torch.Tensor:

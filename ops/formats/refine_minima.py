@@ -4,25 +4,22 @@ A trial is a scale and a minimum with the codes nearest for them. Values are mov
 so that sums do not lose what they differ in; `offset` is the minimum for moved values: they are scale * code - offset.
 """
 
-from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
 import torch
 
-from .refine_columns import SMALL, Columns, IntegerCodes, chosen, in_half, number_of_least
+from .refine_columns import SMALL, Columns, chosen, for_trials, in_half, number_of_least
 
 
 class IntegerMinima(NamedTuple):
-    """How the integer scales and minima of a type, both up to `top`, are sought for groups of `group_size` values.
+    """How the integer scales and minima of a type, both up to `top`, are sought.
 
-    A group's range is laid over the codes 0 to q_max and so many more as `margins` say, at either end. d and dmin give
+    A group's range is laid over the codes from 0 on and so many more as `margins` say, at either end. d and dmin give
     the greatest scale and minimum an integer of `top` less one of their spares. All integers are moved by each of the
     `moves`; then d and dmin are fitted to the codes, and all moved by each of the `last_moves`.
     """
 
-    group_size: int
-    q_max: int
     top: int
     margins: tuple[float, ...]
     scale_spares: tuple[int, ...]
@@ -44,7 +41,7 @@ class Range(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A fit of codes to values, [columns] each; the sums are those of the codes and of their squares."""
+    """Fits of codes to values, [columns] or [trials, columns]; the sums are those of codes and of their squares."""
 
     error: torch.Tensor
     scale: torch.Tensor
@@ -54,7 +51,7 @@ class Line(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """d and dmin [n], which float16 can hold, and integer scales and minima [groups, n]."""
+    """d and dmin [n], which float16 can hold, and integer scales and minima [groups, n]; or [trials, ...] of them."""
 
     d: torch.Tensor
     dmin: torch.Tensor
@@ -62,24 +59,18 @@ class Shared(NamedTuple):
     minimum: torch.Tensor
 
 
-def refine_lines(
-    values: torch.Tensor, weights: torch.Tensor | None, q_max: int, margins: tuple[tuple[float, float], ...]
-) -> tuple[torch.Tensor, torch.Tensor, Columns]:
-    """The scale and the least value [n] of each block, which float16 can hold, and the columns encoded with them."""
-    columns = Columns(values, weights, values.shape[1], IntegerCodes(0, q_max))
+def refine_lines(columns: Columns, margins: tuple[tuple[float, float], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and the least value [n] of each block, which float16 can hold and the columns are encoded with."""
     over = move_to_middle(columns, float("inf"))
-    number, error = number_of_least(
-        columns.error(*of_halves(over, *halves(over, laid(columns, over, q_max, *pair)))) for pair in margins
-    )
-    ends = (chosen(ends, number) for ends in zip(*margins, strict=True))
-    best = halves(over, laid(columns, over, q_max, *ends))
-    columns.encode(*of_halves(over, *best))
-    again = halves(over, fit_line(columns, over))
+    trials = halves(over, laid(columns, over, margins))
+    number, error = number_of_least(columns.errors(*of_halves(over, *trials)))
+    best = tuple(chosen(of_trials, number) for of_trials in trials)
+    again = halves(over, fit_line(columns, over, *of_halves(over, *best)))
     new_error = columns.error(*of_halves(over, *again))
     d, m = (torch.where(new_error < error, *pair) for pair in zip(again, best, strict=True))
     columns.encode(*of_halves(over, d, m))
     useless = torch.minimum(error, new_error) >= over.energy
-    return d.masked_fill_(useless, 0), m.masked_fill_(useless, 0), columns
+    return d.masked_fill_(useless, 0), m.masked_fill_(useless, 0)
 
 
 def halves(over: Range, line: Line) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,13 +83,10 @@ def of_halves(over: Range, d: torch.Tensor, m: torch.Tensor) -> tuple[torch.Tens
     return d, over.middle - m
 
 
-def refine_integer_minima(
-    values: torch.Tensor, weights: torch.Tensor | None, how: IntegerMinima
-) -> tuple[Shared, Columns]:
-    """d, dmin, the integer scales and minima, and the columns encoded with them."""
-    columns = Columns(values, weights, how.group_size, IntegerCodes(0, how.q_max))
+def refine_integer_minima(columns: Columns, how: IntegerMinima) -> Shared:
+    """d, dmin, and the integer scales and minima that the columns are encoded with."""
     over = move_to_middle(columns, 0.0)
-    line = best_line(columns, over, how.q_max, how.margins)
+    line = best_line(columns, over, tuple(product(how.margins, repeat=2)))
     best = rounded(columns, over, line, how)
     best, error = best_move(columns, over, best, how.moves, how.top)
     d, dmin = refitted(columns, over, best)
@@ -108,11 +96,12 @@ def refine_integer_minima(
     useless = columns.blocks(columns.error(*of_columns(over, best)) >= over.energy)
     scale, minimum = best.scale.masked_fill(useless, 0), best.minimum.masked_fill(useless, 0)
     d, dmin = best.d.masked_fill(scale.amax(0) == 0, 0), best.dmin.masked_fill(minimum.amax(0) == 0, 0)
-    return Shared(d, dmin, scale, minimum), columns
+    return Shared(d, dmin, scale, minimum)
 
 
 def move_to_middle(columns: Columns, least: float) -> Range:
     """Subtract from each column the middle of its range, which `least` may extend downwards."""
+    columns.limit()
     energy = columns.total(columns.x, columns.x)
     low, high = columns.x.amin(0).clamp_(max=least), columns.x.amax(0)
     middle, width = low * 0.5 + high * 0.5, high - low
@@ -122,26 +111,38 @@ def move_to_middle(columns: Columns, least: float) -> Range:
     return Range(middle, width, middle - least, energy, sum_w, *sums)
 
 
-def best_line(columns: Columns, over: Range, q_max: int, margins: tuple[float, ...]) -> Line:
+def best_line(columns: Columns, over: Range, margins: tuple[tuple[float, float], ...]) -> Line:
     """The line with least error among those that the margins give."""
-    pairs = tuple(product(margins, repeat=2))
-    number, _ = number_of_least(laid(columns, over, q_max, *pair).error for pair in pairs)
-    return laid(columns, over, q_max, *(chosen(ends, number) for ends in zip(*pairs, strict=True)))
+    lines = laid(columns, over, margins)
+    number, _ = number_of_least(lines.error.clone())
+    return Line(*(chosen(of_lines, number) for of_lines in lines))
 
 
-def laid(
-    columns: Columns, over: Range, q_max: int, at_low: torch.Tensor | float, at_high: torch.Tensor | float
-) -> Line:
-    """The line for the codes that the range of the values gives, laid over so many more codes at either end."""
-    scale = (over.width * (1 / (at_low + at_high + q_max))).clamp_(min=SMALL)
-    columns.encode(scale, scale * ((at_high - at_low + q_max) * 0.5))
-    return fit_line(columns, over)
+def laid(columns: Columns, over: Range, margins: tuple[tuple[float, float], ...]) -> Line:
+    """The lines for the codes that the range of the values gives, laid over so many more codes at either end."""
+    q_max = columns.codes.high
+    widths = for_trials(tuple(1 / (at_low + at_high + q_max) for at_low, at_high in margins), over.width)
+    middles = for_trials(tuple((at_high - at_low + q_max) * 0.5 for at_low, at_high in margins), over.width)
+    scales = (over.width * widths).clamp_(min=SMALL)
+    return fit_lines(columns, over, scales, scales * middles)
 
 
-def fit_line(columns: Columns, over: Range) -> Line:
-    """The line with least error for the codes of the columns."""
-    q = columns.q
-    sum_q, sum_qq, sum_xq = columns.total(q), columns.total(q, q), columns.total(q, columns.x)
+def fit_line(columns: Columns, over: Range, scale: torch.Tensor, offset: torch.Tensor) -> Line:
+    """The line with least error for the codes that another one gives."""
+    (lines,) = zip(*fit_lines(columns, over, scale.unsqueeze(0), offset.unsqueeze(0)), strict=True)
+    return Line(*lines)
+
+
+def fit_lines(columns: Columns, over: Range, scales: torch.Tensor, offsets: torch.Tensor) -> Line:
+    """The same for each trial of [trials, columns]."""
+    sums = scales.new_empty(len(scales), 3, scales.shape[1])
+    x, q = columns.x, columns.q
+    for inverse, offset, (sum_q, sum_qq, sum_xq) in zip(scales.reciprocal(), offsets, sums.unbind(), strict=True):
+        columns.encode_by(inverse, offset)
+        columns.total(q, out=sum_q)
+        columns.total(q, q, out=sum_qq)
+        columns.total(q, x, out=sum_xq)
+    sum_q, sum_qq, sum_xq = sums.unbind(1)
     both = over.sum_w * sum_qq
     determinant = both - sum_q * sum_q
     determinant.masked_fill_(determinant <= both * 1e-6, float("inf"))
@@ -159,45 +160,38 @@ def rounded(columns: Columns, over: Range, line: Line, how: IntegerMinima) -> Sh
     slope, sum_qq, sum_w = (columns.blocks(of) for of in (line.sum_q / over.sum_w, line.sum_qq, over.sum_w))
     tops, energy = (scale.amax(0), minimum.amax(0)), columns.blocks(over.energy)
 
-    def fitting(*spares: torch.Tensor | float) -> Shared:
-        d, dmin = (in_half(top * (1 / (how.top - spare))) for top, spare in zip(tops, spares, strict=True))
-        a = (scale / d).round_().clamp_(1, how.top)
-        b = (slope * (a * d - scale)).add_(minimum).div_(dmin).round_().clamp_(0, how.top)
-        return Shared(d, dmin, a, b)
-
-    def error(*spares: float) -> torch.Tensor:
-        d, dmin, a, b = fitting(*spares)
-        too_steep, too_low = a * d - scale, b * dmin - minimum
-        # The error added to the line's: a quadratic form of what its two numbers are off by, or that of zeros.
-        below = (too_low - slope * too_steep).square_().mul_(sum_w)
-        tilted = (sum_qq - slope * slope * sum_w).clamp_(min=0).mul_(too_steep).mul_(too_steep)
-        return columns.over_groups(torch.minimum(below.add_(tilted), energy))
-
     pairs = tuple(product(how.scale_spares, how.minimum_spares))
-    number, _ = number_of_least(error(*pair) for pair in pairs)
-    return fitting(*(chosen(spares, number) for spares in zip(*pairs, strict=True)))
+    shares = zip(*((1 / (how.top - spare) for spare in pair) for pair in pairs), strict=True)
+    d, dmin = (in_half(top * for_trials(of_top, top)) for top, of_top in zip(tops, shares, strict=True))
+    steps, minimum_steps = d.unsqueeze(1), dmin.unsqueeze(1)
+    a = (scale / steps).round_().clamp_(1, how.top)
+    too_steep = a * steps - scale
+    b = (slope * too_steep).add_(minimum).div_(minimum_steps).round_().clamp_(0, how.top)
+    too_low = b * minimum_steps - minimum
+    # The error added to the line's: a quadratic form of what its two numbers are off by, or that of zeros.
+    below = (too_low - slope * too_steep).square_().mul_(sum_w)
+    tilted = (sum_qq - slope * slope * sum_w).clamp_(min=0) * too_steep * too_steep
+    number, _ = number_of_least(columns.over_groups(torch.minimum(below.add_(tilted), energy)))
+    of_groups = number.expand(columns.groups, -1)
+    return Shared(chosen(d, number), chosen(dmin, number), chosen(a, of_groups), chosen(b, of_groups))
 
 
 def of_columns(over: Range, shared: Shared) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scales and offsets [columns] that integers stand for."""
+    """The scales and offsets [..., columns] that integers stand for."""
     d, dmin, scale, minimum = shared
-    return (d * scale).flatten(), (dmin * minimum).flatten().add_(over.middle)
-
-
-def moved(shared: Shared, at_scale: torch.Tensor | int, at_minimum: torch.Tensor | int, top: int) -> Shared:
-    scale, minimum = (shared.scale + at_scale).clamp_(1, top), (shared.minimum + at_minimum).clamp_(0, top)
-    return shared._replace(scale=scale, minimum=minimum)
+    return (d * scale).flatten(-2), (dmin * minimum).flatten(-2).add_(over.middle)
 
 
 def best_move(
-    columns: Columns, over: Range, start: Shared, moves: Sequence[tuple[int, int]], top: int
+    columns: Columns, over: Range, start: Shared, moves: tuple[tuple[int, int], ...], top: int
 ) -> tuple[Shared, torch.Tensor]:
-    """The integers with least error among those moved, and this error [columns]."""
-    number, error = number_of_least(
-        columns.error(*of_columns(over, moved(start, at_scale, at_minimum, top))) for at_scale, at_minimum in moves
-    )
-    best = (columns.blocks(chosen(move, number)) for move in zip(*moves, strict=True))
-    return moved(start, *best, top), error
+    """The integers with least error among those moved, and this error [groups, n]."""
+    of_scale, of_minimum = (for_trials(move, start.scale) for move in zip(*moves, strict=True))
+    scales, minima = (start.scale + of_scale).clamp_(1, top), (start.minimum + of_minimum).clamp_(0, top)
+    moved = start._replace(scale=scales, minimum=minima)
+    least = number_of_least(columns.errors(*of_columns(over, moved)))
+    number, error = map(columns.blocks, least)
+    return start._replace(scale=chosen(scales, number), minimum=chosen(minima, number)), error
 
 
 def refitted(columns: Columns, over: Range, best: Shared) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,11 +5,14 @@ blocks, and in the weights of a model they are few.
 """
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 
 from .base import BlockFormat
 from .exact import sum_rows, with_energy
+from .refine import Refinement
+from .refine_columns import Columns
 
 # Of blocks of 256 Gaussian, Laplace or Student's t values none is beyond these two, of 32 less than one in a hundred.
 GREATEST_MEAN = 0.7
@@ -22,52 +25,70 @@ LITTLE = 1e-3
 GREATEST_SEARCHED = 2.0**40
 
 
-def encode_with_least_error(
-    block_format: type[BlockFormat],
-    refine: Callable[..., torch.Tensor],
-    values: torch.Tensor,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """float32 [n, block_size], weights likewise or None for 1 -> uint8 [n, block_bytes].
+def least_error_encoder(
+    block_format: type[BlockFormat], refinement: Refinement
+) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """A function for one thread: float32 [n, block_size], weights likewise or None for 1 -> uint8 [n, block_bytes].
 
     Blocks that are unusual are encoded by ggml's search too, and each keeps what has the least weighted squared error.
+    Calls with the same n have the same memory: to get new memory from the system takes longer than to fill it.
     """
-    blocks = refine(values, weights)
-    places = are_unusual(values, weights).nonzero().squeeze(1)
-    if not len(places):
-        return blocks
-    values = values.index_select(0, places)
-    weights = torch.ones_like(values) if weights is None else weights.index_select(0, places)
-    best = blocks.index_select(0, places)
+
+    @lru_cache(maxsize=1)
+    def columns_of(n: int, is_weighted: bool, device: torch.device) -> Columns:
+        size, codes = refinement.group_size, refinement.codes
+        return Columns(n, block_format.block_size, size, codes, is_weighted, device)
+
+    def encode(values: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        columns = columns_of(len(values), weights is not None, values.device)
+        columns.take(values, weights)
+        unusual = are_unusual(columns)
+        blocks = refinement.encode(columns)
+        places = unusual.nonzero().squeeze(1)
+        if not len(places):
+            return blocks
+        values = values.index_select(0, places)
+        weights = torch.ones_like(values) if weights is None else weights.index_select(0, places)
+        return blocks.index_copy_(
+            0, places, better_of_ggml(block_format, blocks.index_select(0, places), values, weights)
+        )
+
+    return encode
+
+
+def better_of_ggml(
+    block_format: type[BlockFormat], best: torch.Tensor, values: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Blocks uint8 [n, block_bytes] of values, or ggml's where their weighted squared error is less."""
     error = weighted_error(block_format.decode(best), values, weights)
     for trial in trials_of_ggml(block_format, values, weights):
         new_error = weighted_error(block_format.decode(trial), values, weights)
         better = new_error < error
         best, error = torch.where(better.unsqueeze(1), trial, best), torch.where(better, new_error, error)
-    return blocks.index_copy_(0, places, best)
+    return best
 
 
-def are_unusual(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+def are_unusual(columns: Columns) -> torch.Tensor:
     """bool [n]: whether one sign prevails, most values are near the greatest, or few of them count."""
-    magnitudes = values.abs()
-    size, peak = mean(magnitudes), magnitudes.amax(1)
-    unusual = (mean(values).abs() > size * GREATEST_MEAN).logical_or_(size > peak * GREATEST_LIKENESS)
+    magnitudes, block_size = torch.abs(columns.x, out=columns.product), columns.x.numel() // columns.n
+    size, peak = sum_of_block(columns, magnitudes), columns.blocks(magnitudes.amax(0)).amax(0)
+    unusual = (sum_of_block(columns, columns.x).abs() > size * GREATEST_MEAN).logical_or_(
+        size > peak * (GREATEST_LIKENESS * block_size)
+    )
     searchable = peak < GREATEST_SEARCHED
-    if weights is None:
+    if columns.w is None:
         return unusual.logical_and_(searchable)
-    weight = mean(weights)
-    few = weight * weight < mean(weights * weights) * LEAST_SHARE
-    counting = magnitudes.masked_fill_(weights < (weight * LITTLE).unsqueeze(1), 0).amax(1)
+    weight = sum_of_block(columns, columns.w)
+    little = (weight * (LITTLE / block_size)).repeat(columns.groups)
+    counting = columns.blocks(magnitudes.masked_fill_(columns.w < little, 0).amax(0)).amax(0)
+    squares = sum_of_block(columns, torch.mul(columns.w, columns.w, out=columns.product))
+    few = weight * weight < squares * (LEAST_SHARE * block_size)
     return unusual.logical_or_(few).logical_or_(counting < peak * 0.5).logical_and_(searchable)
 
 
-def mean(values: torch.Tensor) -> torch.Tensor:
-    """[n, k] -> [n], k a power of two: by halves, so that the bits are those of every device."""
-    share = values * (1 / values.shape[1])
-    while share.shape[1] > 1:
-        half = share.shape[1] // 2
-        share = share[:, :half] + share[:, half:]
-    return share.squeeze(1)
+def sum_of_block(columns: Columns, rows: torch.Tensor) -> torch.Tensor:
+    """[n]: the sum over the values of a block, x, w or product of the columns."""
+    return columns.over_groups(columns.blocks(columns.sum(rows)))
 
 
 def trials_of_ggml(

@@ -8,6 +8,7 @@ from ggml_reference import CASES, COLUMNS, IMPORTANCE, ROWS, by_ggml, gaussian, 
 from gguf_native.ops.dequantize import dequantize
 from gguf_native.ops.formats import FORMATS
 from gguf_native.ops.formats.refine import REFINED
+from gguf_native.ops.formats.refine_columns import Columns, IntegerCodes
 from gguf_native.ops.formats.refine_unusual import are_unusual
 from gguf_native.ops.quantize import LEAST_IMPORTANCE, VALUES_PER_PASS, quantize, quantize_as_ggml
 
@@ -61,6 +62,13 @@ def error(packed: torch.Tensor, values: torch.Tensor, name: str, importance: tor
     return float(((dequantize(packed, name).double() - values.double()).square() * importance).sum())
 
 
+def columns_of(values: torch.Tensor, block_size: int) -> Columns:
+    blocks = values.view(-1, block_size)
+    columns = Columns(len(blocks), block_size, min(block_size, 16), IntegerCodes(0, 1), False, values.device)
+    columns.take(blocks, None)
+    return columns
+
+
 def test_every_type_with_a_search_is_refined():
     assert set(RATIO_BOUNDS) == set(REFINED)
     assert set(REFINED) <= set(FORMATS)
@@ -93,14 +101,14 @@ def test_weighted_error_is_never_above_that_of_ggml(ggml, name, case, kind):
 
 @pytest.mark.parametrize("case", ["gaussian", "heavy tailed", "outlier columns"])
 def test_blocks_of_ordinary_values_are_seldom_searched_twice(case):
-    assert are_unusual(CASES[case]().view(-1, 32), None).float().mean() < 0.05
-    assert are_unusual(CASES[case]().view(-1, 256), None).float().mean() < 0.02
+    assert are_unusual(columns_of(CASES[case](), 32)).float().mean() < 0.05
+    assert are_unusual(columns_of(CASES[case](), 256)).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("case", UNUSUAL_CASES)
 @pytest.mark.parametrize("size", [2.0**-100, 1, 2.0**30], ids=str)
 def test_blocks_of_unusual_values_are_recognised_at_any_size(case, size):
-    assert are_unusual(UNUSUAL_CASES[case]().view(-1, 256) * size, None).float().mean() > 0.95
+    assert are_unusual(columns_of(UNUSUAL_CASES[case]() * size, 256)).float().mean() > 0.95
 
 
 @every_refined_type
