@@ -46,7 +46,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 options, host_arguments = parse()
-for name in ("file", "latents"):
+for name in ("comfyui", "file", "latents"):
     if getattr(options, name):
         setattr(options, name, os.path.abspath(getattr(options, name)))
 ballast = None
@@ -88,7 +88,7 @@ from gguf_native.loader.diffusion_model import load_diffusion_model  # noqa: E40
 from gguf_native.ops import dequantize  # noqa: E402
 
 
-def loras(model, count: int, rank: int):
+def loras(model, count: int, rank: int, strength: float = 1.0):
     """`count` random LoRAs on all attention and MLP matrices of the blocks."""
     wanted = ("attn.qkv", "attn.proj", "mlp", "linear1", "linear2")
     layers = [
@@ -102,7 +102,7 @@ def loras(model, count: int, rank: int):
             for part, shape in (("down", (rank, layer.in_features)), ("up", (layer.out_features, rank))):
                 values = torch.randn(shape, generator=generator).bfloat16() * 0.01
                 tensors[f"diffusion_model.{name}.lora_{part}.weight"] = values
-        model, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+        model, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0.0)
     return model
 
 
@@ -131,8 +131,10 @@ def sample(model, resolution: int) -> tuple[torch.Tensor, float, float]:
         synchronize()
         stamps.append(time.perf_counter())
 
-    pooled = {"pooled_output": normal(1, 768, seed=3) * 0.1, "guidance": 3.5}
-    prompt = [[normal(1, 512, 4096, seed=2) * 0.1, pooled]]
+    # As wide as the model wants them: 4096 and 768 in Flux.1-dev.
+    widths = model.model.diffusion_model.params
+    pooled = {"pooled_output": normal(1, widths.vec_in_dim, seed=3) * 0.1, "guidance": 3.5}
+    prompt = [[normal(1, 512, widths.context_in_dim, seed=2) * 0.1, pooled]]
     noise, start = normal(1, 16, side, side, seed=1), time.perf_counter()
     latent = comfy.sample.sample(
         model,

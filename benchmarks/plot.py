@@ -1,4 +1,4 @@
-"""Draws docs/flux.svg and docs/kernels.svg from the results in this folder. Needs matplotlib.
+"""Draws docs/flux.svg, kernels.svg and, once it was measured, memory.svg from the results here. Needs matplotlib.
 
 python benchmarks/plot.py
 """
@@ -49,6 +49,22 @@ def kernels() -> None:
     save(figure, "kernels.svg")
 
 
+def memory() -> None:
+    """Seconds per step over those of the row that each is compared with, and the VRAM that sampling took."""
+    rows = json.loads((RESULTS / "memory.json").read_text())["rows"].values()
+    rows = [row for row in rows if row["table"] != "reference" and row["ratio"] is not None]
+    names = [f"{row['table']}: {row['row']}, {row['compute']}, {row['resolution']}" for row in rows]
+    figure, axes = plt.subplots(figsize=(9, 0.2 * len(rows) + 1))
+    colours = [COMPUTES.get(row["compute"], "tab:gray") for row in rows]
+    bars = axes.barh(range(len(rows)), [row["ratio"] for row in rows], color=colours)
+    axes.bar_label(bars, [f"{row['ratio']:.2f}  ({row['vram_sampling_gb']} GB)" for row in rows], fontsize=6, padding=2)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), names, fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a step / that of its reference (peak VRAM of sampling)")
+    save(figure, "memory.svg")
+
+
 def save(figure: plt.Figure, name: str) -> None:
     figure.tight_layout()
     figure.savefig(DOCS / name, metadata=METADATA)
@@ -57,3 +73,5 @@ def save(figure: plt.Figure, name: str) -> None:
 if __name__ == "__main__":
     flux()
     kernels()
+    if (RESULTS / "memory.json").is_file():
+        memory()

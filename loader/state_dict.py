@@ -1,6 +1,7 @@
 """From a GGUF file to the state dict that ComfyUI loads: packed matrices and plain tensors, as views of the file."""
 
 import logging
+import mmap
 import threading
 from collections.abc import Mapping
 
@@ -39,19 +40,34 @@ def read_state_dict(path: str, streaming: bool = True) -> tuple[dict[str, torch.
     and, under DynamicVRAM, carries the slice of the file that the host reads by itself; without, all is read now.
     """
     file = open_gguf(path)
-    streams = streaming and _host_can_stream()
-    keep = _attach_file_slices if streams else _read_all
-    return keep(file, {name: _tensor(file, info) for name, info in file.tensors.items()}), file.metadata
+    if streaming and _host_can_stream():
+        sd = {name: _tensor(file, info, file.read(name)) for name, info in file.tensors.items()}
+        _attach_file_slices(file, sd)
+    else:
+        progress = comfy.utils.ProgressBar(sum(info.nbytes for info in file.tensors.values()))
+        sd = {name: _tensor(file, info, _read_now(info, progress)) for name, info in file.tensors.items()}
+    return sd, file.metadata
 
 
-def _tensor(file: GGUFFile, info: TensorInfo) -> torch.Tensor:
+def _tensor(file: GGUFFile, info: TensorInfo, data: torch.Tensor) -> torch.Tensor:
     shape = logical_shape(file, info)
-    data = file.read(info.name)
     if info.type in PLAIN:
         return data.view(PLAIN[info.type]).view(shape)
     if info.name.endswith(".weight") and len(shape) > 1:
         return pack(data, info.type, shape, UNDECIDED)
     return dequantize(data, info.type, shape)
+
+
+def _read_now(info: TensorInfo, progress: comfy.utils.ProgressBar) -> torch.Tensor:
+    """uint8 `[nbytes]` in RAM: read, not copied out of the mapped file, whose pages would lie there as well."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    # It goes back to the system with its tensor; what `torch.empty` takes, the C library mostly keeps for the process.
+    room = mmap.mmap(-1, info.nbytes)
+    with open(info.path, "rb") as source:
+        source.seek(info.offset)
+        source.readinto(room)
+    progress.update(info.nbytes)
+    return torch.frombuffer(room, dtype=torch.uint8)
 
 
 def _host_can_stream() -> bool:
@@ -61,10 +77,10 @@ def _host_can_stream() -> bool:
     return False
 
 
-def _attach_file_slices(file: GGUFFile, sd: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _attach_file_slices(file: GGUFFile, sd: dict[str, torch.Tensor]) -> None:
     """Tell DynamicVRAM where in the file each tensor lies, as `comfy.utils.load_safetensors` does for safetensors."""
     if not comfy.memory_management.aimdo_enabled:
-        return sd
+        return
     lock = threading.Lock()
     handles = {}
     for name, info in file.tensors.items():
@@ -75,13 +91,3 @@ def _attach_file_slices(file: GGUFFile, sd: dict[str, torch.Tensor]) -> dict[str
             tensor.untyped_storage()._comfy_tensor_file_slice = comfy.memory_management.TensorFileSlice(
                 handles[info.path], lock, info.offset, info.nbytes
             )
-    return sd
-
-
-def _read_all(file: GGUFFile, sd: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    progress = comfy.utils.ProgressBar(sum(info.nbytes for info in file.tensors.values()))
-    for name, tensor in sd.items():
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        sd[name] = tensor.clone()
-        progress.update(file.tensors[name].nbytes)
-    return sd

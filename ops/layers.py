@@ -62,7 +62,13 @@ class PackedWeight:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _apply(self, fn, recurse=True):
-        return comfy.ops._quantized_apply(self, fn, recurse)
+        # These layers have neither children nor buffers. What `.to()` leaves in place stays as it is: outside inference
+        # mode, where the server unloads, the host's `_quantized_apply` copies it, and every view of a file becomes RAM.
+        moved = {name: fn(tensor) for name, tensor in self._parameters.items() if tensor is not None}
+        for name, tensor in moved.items():
+            if tensor is not self._parameters[name]:
+                self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        return self
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         """The host's hook: what it may compute on when it merges or saves a weight."""

@@ -1,0 +1,158 @@
+"""One process of memory.py: Flux in the real ComfyUI engine, its times and the memory that each stage takes.
+
+    python benchmarks/memory_run.py COMFYUI FILE [--decode] [--change-strength] [arguments of flux_run.py]
+
+Stages: loading, a first sampling, two more of which the times are taken, with --decode a picture by a VAE of Flux's
+size. Several --compute are run in turns. --change-strength times the first step after the LoRAs got another strength.
+Prints one JSON line for each compute and resolution after RESULT. VRAM is that of the whole device since the start,
+without the CUDA context, and null without a GPU.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import threading
+import time
+
+parser = argparse.ArgumentParser(add_help=False)
+parser.add_argument("--decode", action="store_true")
+parser.add_argument("--change-strength", action="store_true")
+stages, sys.argv[1:] = parser.parse_known_args()
+
+# Starts ComfyUI as its arguments say.
+import flux_run  # noqa: E402
+
+options = flux_run.options
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.model import Decoder  # noqa: E402
+
+GB = 2**30
+ROUNDS = 3
+SECONDS_BETWEEN_LOOKS = 0.01
+# Far enough for the factors to be scaled anew.
+OTHER_STRENGTH = 0.5
+
+
+class LeastFree:
+    """The GPU memory that was taken at most within the block, in `gb`: asked every ten milliseconds."""
+
+    def __init__(self, free_at_start: int | None):
+        self.free_at_start = self.least = free_at_start
+        self.ended = threading.Event()
+
+    def __enter__(self) -> "LeastFree":
+        self.thread = threading.Thread(target=self._look)
+        if self.free_at_start is not None:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        if self.free_at_start is not None:
+            self.thread.join()
+
+    def _look(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self.ended.wait(SECONDS_BETWEEN_LOOKS)
+            self.least = min(self.least, free())
+
+    @property
+    def gb(self) -> float | None:
+        return None if self.least is None else round((self.free_at_start - self.least) / GB, 2)
+
+
+def free() -> int | None:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
+def flux_vae() -> comfy.sd.VAE:
+    """The decoder of Flux's VAE at its real size, with random weights: ComfyUI's own, not packed."""
+    with torch.device("meta"):
+        decoder = Decoder(
+            z_channels=16,
+            resolution=256,
+            in_channels=3,
+            out_ch=3,
+            ch=128,
+            ch_mult=[1, 2, 4, 4],
+            num_res_blocks=2,
+            attn_resolutions=[],
+        )
+    shapes = {f"decoder.{name}": tensor.shape for name, tensor in decoder.state_dict().items()}
+    return comfy.sd.VAE(sd={name: torch.randn(shape).half() * 0.02 for name, shape in shapes.items()})
+
+
+def strength_changed(base, model, resolution: int) -> float:
+    """Seconds that the first step takes longer after a change of strength."""
+    _, usual, _ = flux_run.sample(model, resolution)
+    other = flux_run.loras(base, options.loras, options.rank, OTHER_STRENGTH)
+    _, changed, _ = flux_run.sample(other, resolution)
+    return round(changed - usual, 3)
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    free_at_start = free()
+    with torch.inference_mode():
+        bases, models, loading = {}, {}, {}
+        for compute in options.compute:
+            start = time.perf_counter()
+            with LeastFree(free_at_start) as taken:
+                bases[compute] = flux_run.load(compute)
+            loading[compute] = round(time.perf_counter() - start, 2), taken.gb
+            models[compute] = flux_run.loras(bases[compute], options.loras, options.rank)
+        for resolution in options.resolution:
+            measure(bases, models, loading, resolution, free_at_start)
+
+
+def measure(bases: dict, models: dict, loading: dict, resolution: int, free_at_start: int | None) -> None:
+    """Print a row for each compute."""
+    first, sampling, warm = {}, {}, {compute: [] for compute in models}
+    for compute, model in models.items():
+        with LeastFree(free_at_start) as taken:
+            latent, first[compute], _ = flux_run.sample(model, resolution)
+        sampling[compute] = taken.gb
+    for _ in range(ROUNDS - 1):
+        for compute, model in models.items():
+            warm[compute].append(flux_run.sample(model, resolution))
+    changed = {}
+    if stages.change_strength:
+        changed = {compute: strength_changed(bases[compute], models[compute], resolution) for compute in models}
+    with LeastFree(free_at_start) as decoding:
+        if stages.decode:
+            flux_vae().decode(latent)
+            flux_run.synchronize()
+    for compute, model in models.items():
+        seconds, at_loading = loading[compute]
+        row = {
+            "compute": compute,
+            "resolution": resolution,
+            "patcher": type(model).__name__,
+            "load": seconds,
+            "cold_first_step": round(first[compute], 3),
+            "warm_first_step": round(min(to_first for _, to_first, _ in warm[compute]), 3),
+            "step": round(statistics.median(step for _, _, step in warm[compute]), 4),
+            "steps": [round(step, 4) for _, _, step in warm[compute]],
+            "finite": all(bool(latent.isfinite().all()) for latent, _, _ in warm[compute]),
+            "error": flux_run.error(warm[compute][-1][0].cpu().double(), compute, resolution),
+            "after_change_of_strength": changed.get(compute),
+            "vram_loading_gb": at_loading,
+            "vram_sampling_gb": sampling[compute],
+            "vram_decoding_gb": decoding.gb if stages.decode else None,
+            "vram_left_gb": None if free_at_start is None else round((free_at_start - free()) / GB, 2),
+            "rss_peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        }
+        print("RESULT " + json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
+    if flux_run.ballast:
+        flux_run.ballast.kill()
+    # Not through the interpreter's end: the host's threads would keep it.
+    os._exit(0)
