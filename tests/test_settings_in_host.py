@@ -31,6 +31,23 @@ DECODING = "GGUF Native: decoding 2 latent(s) one at a time (vae_slicing)."
 TEXT, FLUX = ("FluxClipModel_", "text encoder"), ("Flux", "diffusion model")
 LOADING_VAE = "Requested to load AutoencodingEngine"
 
+# A node of the tests alone, by which the server tells what it holds: names of models, the most recently used first.
+TELL_LOADED_MODELS = """
+import comfy.model_management
+from aiohttp import web
+from server import PromptServer
+
+NODE_CLASS_MAPPINGS = {}
+
+
+@PromptServer.instance.routes.get("/loaded_models")
+async def loaded_models(request):
+    loaded = [loaded.model for loaded in comfy.model_management.current_loaded_models]
+    return web.json_response([patcher.model.__class__.__name__ for patcher in loaded if patcher is not None])
+"""
+VAE = "AutoencodingEngine"
+MANY_STEPS = 20
+
 needs_memory_maps = pytest.mark.skipif(
     not hasattr(psutil.Process, "memory_maps"), reason="this system does not tell what a process has mapped"
 )
@@ -45,6 +62,8 @@ def server_with(
         pack = base / "custom_nodes" / PACK
         shutil.copytree(ROOT, pack, ignore=shutil.ignore_patterns(".*", "tests", "docs", "config.json"))
         (pack / "config.json").write_text(config_json)
+    (base / "custom_nodes").mkdir(exist_ok=True)
+    (base / "custom_nodes" / "tell_loaded_models.py").write_text(TELL_LOADED_MODELS)
     variables = {f"GGUF_NATIVE_{key.upper()}": value for key, value in settings.items()}
     with running_server(comfyui, base, samples.MODELS, settings=variables) as server:
         yield server
@@ -79,6 +98,21 @@ def two_models(samples: ModuleType, prompt: str) -> Graph:
 def unloaded(log: str) -> list[tuple[str, str, str]]:
     """(model, kind, reason) of every model that the pack unloaded, in the log's order."""
     return UNLOADING.findall(log)
+
+
+def held(server: Server) -> list[str]:
+    """The models that hold memory now, the most recently used first."""
+    return server.request("/loaded_models")
+
+
+def held_while_sampling(server: Server, graph: Graph) -> list[list[str]]:
+    """What was held at the first step of each sampler, by name; there are so many that the answer is not late."""
+    for sampler in graph.values():
+        if sampler["class_type"] == "KSampler":
+            sampler["inputs"]["steps"] = MANY_STEPS
+    seen = []
+    server.run(graph, lambda node_class, step, steps: seen.append(sorted(held(server))) if step == 1 else None)
+    return seen
 
 
 def mapped(server: Server) -> bool:
@@ -119,9 +153,13 @@ def plain_pictures(plain, samples):
 
 def test_by_default_the_least_recently_used_of_two_leaves(plain, samples, plain_pictures):
     assert unloaded(plain.log()) == []
+    assert held(plain) == [VAE, FLUX[0], TEXT[0]]
     reason = "max_parallel_models is 2"
-    plain.run(two_models(samples, "a dog"))
+    while_sampling = held_while_sampling(plain, two_models(samples, "a dog"))
     assert unloaded(plain.log()) == [(*TEXT, reason)]
+    # The second model takes the place of the encoder, where the first is used before it.
+    assert while_sampling == [[VAE, FLUX[0], TEXT[0]], [VAE, FLUX[0], FLUX[0]]]
+    assert held(plain) == [VAE, FLUX[0], FLUX[0]]
     plain.run(two_models(samples, "a fox"))
     # For the encoder the first model leaves, for the first the second, for the second the encoder.
     assert unloaded(plain.log())[1:] == [(*FLUX, reason), (*FLUX, reason), (*TEXT, reason)]
@@ -147,6 +185,7 @@ def test_one_at_a_time_and_nothing_mapped(comfyui, samples, tmp_path, plain_pict
     with server_with(comfyui, samples, tmp_path, **settings) as server:
         assert difference(pictures(server, flux(samples)), plain_pictures) == 0
         assert unloaded(server.log()) == [(*TEXT, "max_parallel_models is 1")]
+        assert held(server) == [VAE, FLUX[0]]
         assert not (hasattr(psutil.Process, "memory_maps") and mapped(server))
 
 
@@ -158,6 +197,7 @@ def test_aggressive_leaves_the_memory_to_decoding(comfyui, samples, tmp_path, pl
         assert unloaded(before) == expected
         assert loading_vae
         assert unloaded(after) == []
+        assert held(server) == [VAE]
 
 
 def test_sequential_processing_and_vae_slicing(comfyui, samples, tmp_path, plain_pictures):
@@ -167,7 +207,10 @@ def test_sequential_processing_and_vae_slicing(comfyui, samples, tmp_path, plain
         text_leaves = (*TEXT, "before the diffusion model loads")
         assert unloaded(server.log()) == [text_leaves]
         assert server.log().count(DECODING) == 1
-        server.run(flux(samples, "a dog"))
+        # Gone before, not while, the other loads.
+        _, _, after = server.log().partition("Requested to load Flux\n")
+        assert after.index("unloading FluxClipModel_") < after.index("loaded completely")
+        assert held_while_sampling(server, flux(samples, "a dog")) == [[VAE, FLUX[0]]]
         assert unloaded(server.log()) == [text_leaves, (*FLUX, "before the text encoder loads"), text_leaves]
 
 
@@ -208,6 +251,9 @@ def test_environment_goes_before_config_json(comfyui, samples, tmp_path, plain_p
     with server_with(comfyui, samples, tmp_path, config_json, memory_mode="conservative") as server:
         assert difference(pictures(server, flux(samples)), plain_pictures) <= BY_SLICING
         assert unloaded(server.log()) == []
+        assert held(server) == [VAE, FLUX[0], TEXT[0]]
+        server.run(two_models(samples, "a dog"))
+        assert held(server) == [VAE, FLUX[0], FLUX[0], TEXT[0]]
         assert DECODING in server.log()
 
 
