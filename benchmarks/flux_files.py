@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import torch
 from gguf_native.ops.formats import FORMATS
-from gguf_native.quantizer.plan import rank_of
+from gguf_native.quantizer.plan import depths_of, rank_of
 from gguf_native.quantizer.recipes import FILE_TYPES
 from gguf_native.quantizer.sensitivity import SENSITIVITY
 
@@ -73,7 +73,7 @@ def random_blocks(type_name: str, n_blocks: int, generator: torch.Generator) -> 
 
 def type_of(name: str, recipe: str) -> str:
     if recipe in FILE_TYPES and recipe not in MIXED:
-        rank = rank_of(name, SENSITIVITY["flux"].rules, {"double_blocks": DOUBLE, "single_blocks": SINGLE})
+        rank = rank_of(name, SENSITIVITY["flux"].rules, depths_of(shapes()))
         return FILE_TYPES[recipe].types[rank]
     usual, others = MIXED.get(recipe, (recipe, {}))
     return next((other for part, other in others.items() if part in name), usual)
