@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TYPES = ("Q4_K_S", "Q6_K", "Q2_K", "Q8_0")
 KEPT_BLOCKS = re.compile(r"double_blocks\.0\.|single_blocks\.[01]\.")
 POLL_SECONDS = 0.02
+PROCESSES = str(torch.get_num_threads())
+# Ours, in one process and in as many as torch has threads.
+OPTIONS = {"ours": [], "ours, processes": ["--processes", PROCESSES]}
 
 
 def write_model(path: Path) -> int:
@@ -37,20 +40,30 @@ def write_model(path: Path) -> int:
 
 
 def command(converter: str, source: Path, target: Path, type_name: str) -> list[str]:
-    if converter == "ours":
-        return [sys.executable, str(ROOT), "quantize", str(source), str(target), "--type", type_name]
+    if converter in OPTIONS:
+        return [
+            sys.executable,
+            str(ROOT),
+            "quantize",
+            str(source),
+            str(target),
+            "--type",
+            type_name,
+            *OPTIONS[converter],
+        ]
     # A program of the wheel of libgguf.
     program = shutil.which("libgguf_quantize_gguf", path=str(Path(sys.executable).parent))
     return [program, "--src", str(source), "--dst", str(target), "--qtype", type_name]
 
 
 def peak_megabytes(pid: int) -> float:
-    """The peak of a process that still runs; 0 if it has ended."""
+    """The peaks of a process that still runs and of those that it has started, together; 0 if it has ended."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        kilobytes = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0.0
-    return int(found[1]) / 1024 if found else 0.0
+    return (int(kilobytes[1]) / 1024 if kilobytes else 0.0) + sum(peak_megabytes(int(child)) for child in children)
 
 
 def measure(converter: str, source: Path, target: Path, type_name: str) -> dict[str, float] | str:
@@ -78,7 +91,7 @@ def main(*types: str) -> None:
         for type_name in types or TYPES:
             results[type_name] = {
                 converter: measure(converter, source, Path(folder) / "out.gguf", type_name)
-                for converter in ("ours", "libgguf")
+                for converter in (*OPTIONS, "libgguf")
             }
             print(type_name, results[type_name], flush=True)
     about = {

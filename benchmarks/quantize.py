@@ -4,7 +4,7 @@
 
 Errors are root mean squares over that of the values, on Gaussian ones: ggml's default, ggml's with an importance of
 ones, ours. Rates are megabytes of float32 values per second, the median of rounds in which all take their turns: ggml
-on one thread and on as many as torch has, quantize_as_ggml, quantize. Adds to results/quantize.json.
+on one thread and on as many as torch has, quantize_as_ggml, quantize, and that in as many processes. Adds to results/quantize.json.
 Needs `gguf_native` importable (pip install -e .), libggml-python, and tests/ for its binding.
 """
 
@@ -20,6 +20,8 @@ import torch
 from gguf_native.ops.dequantize import dequantize
 from gguf_native.ops.formats.refine import REFINED
 from gguf_native.ops.quantize import quantize, quantize_as_ggml
+from gguf_native.quantizer.convert import VALUES_PER_RUN
+from gguf_native.quantizer.encoders import encoder
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests" / "ops"))
@@ -39,7 +41,8 @@ HEADINGS = (
     "ggml all",
     "as ggml",
     "ours",
-    "ours/ggml all",
+    "processes",
+    "p./ggml all",
 )
 
 
@@ -62,13 +65,15 @@ def rates(ggml, name: str) -> dict[str, float]:
     """Megabytes of values per second of each contender, in turns."""
     values = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2))
     threads = torch.get_num_threads()
-    parts = values.chunk(threads)
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    parts, runs = values.chunk(threads), values.split(VALUES_PER_RUN["cpu"] // COLUMNS)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool, encoder(threads) as in_processes:
+        in_processes(values[:32], name)
         contenders: dict[str, Callable[[], object]] = {
             "ggml_1_thread": lambda: by_ggml(ggml, values, name),
             "ggml_all_threads": lambda: list(pool.map(lambda part: by_ggml(ggml, part, name), parts)),
             "as_ggml": lambda: quantize_as_ggml(values, name),
             "ours": lambda: quantize(values, name),
+            "ours_processes": lambda: [in_processes(run, name) for run in runs],
         }
         times = {contender: [] for contender in contenders}
         for _ in range(ROUNDS):
@@ -88,7 +93,7 @@ def main() -> None:
         error, rate = errors(ggml, name), rates(ggml, name)
         results["types"][name] = {"relative_rms_error": error, "megabytes_per_second": rate}
         figures = [*error.values(), error["ours"] / error["ggml"]]
-        speeds = [*rate.values(), rate["ours"] / rate["ggml_all_threads"]]
+        speeds = [*rate.values(), rate["ours_processes"] / rate["ggml_all_threads"]]
         row = (
             [f"{figure:.4f}" for figure in figures] + [f"{speed:.0f}" for speed in speeds[:-1]] + [f"{speeds[-1]:.2f}"]
         )

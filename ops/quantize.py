@@ -14,7 +14,7 @@ from .formats.refine_unusual import least_error_encoder
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Values encoded in one pass: on a GPU work on them takes 0.4 to 0.8 GB, up to 1.8 GB for IQ2_* and IQ3_*.
+# Values encoded in one pass: on a GPU work on them takes about 1 GB, up to 1.8 GB for IQ2_* and IQ3_*.
 VALUES_PER_PASS = {"cpu": 1 << 18}
 VALUES_PER_PASS_ELSEWHERE = 1 << 24
 

@@ -9,6 +9,7 @@ import torch
 
 from ..ops.formats import is_packed
 from ..ops.quantize import quantize
+from .encoders import Encode, encoder
 from .fit_size import CANDIDATES, Bits, Size, plan_for_size
 from .importance import read_importance
 from .metadata import metadata, recipe
@@ -42,13 +43,15 @@ def convert(
     split_max_bytes: int = 0,
     architecture: str | None = None,
     force: bool = False,
+    processes: int = 1,
 ) -> list[Path]:
     """Write a model as GGUF of a file type and return the files written (several where it is split).
 
     source: safetensors (also in shards), a torch checkpoint or GGUF. type: a key of FILE_TYPES, or a size for which
     each matrix gets its own type, see `plan_for_size`. part: of a full checkpoint, see `take_part`. importance: a file
-    for `read_importance`. architecture: for models that are not known. force: replace a file that is there. Raises
-    QuantizerError and GGUFError kinds; then there is no new file.
+    for `read_importance`. architecture: for models that are not known. force: replace a file that is there. processes:
+    how many quantise at once on the CPU, 1 for this one, else 0.2 GB each. Raises QuantizerError and GGUFError kinds;
+    then there is no new file.
     """
     row = file_type(type if isinstance(type, str) else CANDIDATES[0])
     model = take_part(open_source(source), part)
@@ -74,9 +77,10 @@ def convert(
     pairs = metadata(model, planned, tag, number, recipe(planned, about))
     report = Progress(progress, planned)
     contents = read_ahead(run for tensor in planned for run in runs_of(tensor, device))
-    packed = partial(pack_tensor, contents=contents, importance=weights, device=device, report=report, file=model.name)
     try:
-        write_gguf(paths, pairs, shards, packed)
+        with encoder(processes) as encode:
+            options = {"importance": weights, "device": device, "report": report, "file": model.name, "encode": encode}
+            write_gguf(paths, pairs, shards, partial(pack_tensor, contents=contents, **options))
     finally:
         contents.close()
     return paths
@@ -111,16 +115,19 @@ def pack_tensor(
     device: str | torch.device,
     report: Progress,
     file: str,
+    encode: Encode,
 ) -> Iterator[torch.Tensor]:
     """The bytes of one tensor, run by run of its rows. Raises NotFiniteError."""
     columns = tensor.shape[-1]
     weights = importance.get(tensor.name) if is_packed(tensor.type) and tensor.shape == tensor.source.shape else None
+    # Another process would have to be sent what is only rounded here.
+    encode = encode if is_packed(tensor.type) else quantize
     for run in runs_of(tensor, device):
         rows = next(contents).view(-1, columns).to(device)
         if rows.is_floating_point():
             rows = rows.float() if rows.dtype == torch.float64 else rows
             check_finite(rows, run.start, tensor, file)
-            yield quantize(rows, tensor.type, weights).cpu()
+            yield encode(rows, tensor.type, weights).cpu()
         else:
             yield rows.cpu().contiguous().view(torch.uint8)
         report.advance(rows.numel() * tensor.source.dtype.itemsize)

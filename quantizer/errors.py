@@ -36,3 +36,7 @@ class ImportanceError(QuantizerError):
 
 class TargetError(QuantizerError):
     """The output exists already, is an input too, or does not fit on the disk."""
+
+
+class EncoderProcessError(QuantizerError):
+    """One of the processes that quantise has ended before its work was done."""

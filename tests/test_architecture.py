@@ -34,6 +34,7 @@ OPS_ORDER = (
     "kernels",
     "dequantize",
     "quantize",
+    "encoder_process",
     "eight_bits",
     "layout",
     "cache",
