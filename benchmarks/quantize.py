@@ -4,7 +4,8 @@
 
 Errors are root mean squares over that of the values, on Gaussian ones: ggml's default, ggml's with an importance of
 ones, ours. Rates are megabytes of float32 values per second, the median of rounds in which all take their turns: ggml
-on one thread and on as many as torch has, quantize_as_ggml, quantize, and that in as many processes. Adds to results/quantize.json.
+on one thread and on as many as torch has, quantize_as_ggml, quantize, and that in as many processes. Adds to
+results/quantize.json.
 Needs `gguf_native` importable (pip install -e .), libggml-python, and tests/ for its binding.
 """
 
