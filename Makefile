@@ -9,9 +9,10 @@ ARGS ?=
 demo:
 	$(IN_HOST) -m host.demo $(ARGS)
 
-# The whole suite; ARGS goes to pytest: make test ARGS="-k formats -x"
+# The whole suite, in two processes of one thread each; ARGS goes to pytest: make test ARGS="-k formats -x"
+test: export OMP_NUM_THREADS = 1
 test:
-	$(IN_HOST) -m pytest $(ARGS)
+	$(IN_HOST) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint:
 	$(IN_HOST) -m ruff check .

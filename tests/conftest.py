@@ -43,6 +43,12 @@ if COMFYUI:
     in_process.bind(COMFYUI)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Once, by the process that starts the others.
+    if COMFYUI and not hasattr(config, "workerinput"):
+        samples.discard_outdated()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
@@ -95,7 +101,6 @@ def dynamic_vram_on_cpu(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture(scope="session", name="samples")
 def sample_models(comfyui: Path) -> ModuleType:
     """host.samples: sample(name), gguf(name, type_name, naming), decoded(name, type_name, dtype) return paths."""
-    samples.discard_outdated()
     return samples
 
 

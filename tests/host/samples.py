@@ -5,6 +5,7 @@ Run by itself, it makes the samples named and prints their files:  python -m hos
 
 import hashlib
 import io
+import os
 import shutil
 import sys
 import zlib
@@ -149,7 +150,8 @@ def once(file: Path, write: Callable[[Path], None]) -> Path:
     """Have `write` make the file, unless it is there; a file half written never has its name."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"unfinished-{file.name}")
+        # Another process may be making the same file.
+        unfinished = file.with_name(f"unfinished-{os.getpid()}-{file.name}")
         write(unfinished)
         unfinished.replace(file)
     return file
