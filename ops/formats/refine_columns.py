@@ -123,9 +123,14 @@ class Columns:
         trials = zip(scales.reciprocal(), repeat(None) if offsets is None else offsets, errors, strict=False)
         for inverse, offset, error in trials:
             self.encode_by(inverse, offset)
-            rest = self.t.sub_(self.q)
-            self.total(rest, rest, out=error)
+            self.sum(self.squares(), error)
         return errors.mul_(scales).mul_(scales)
+
+    def squares(self) -> torch.Tensor:
+        """The weighted squares of what the codes are off by, in place of t, which is in the cache."""
+        rest = self.t.sub_(self.q)
+        squares = rest.mul_(rest)
+        return squares if self.w is None else squares.mul_(self.w)
 
     def error(self, scale: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
         """That of a single trial, [columns] each."""
