@@ -48,8 +48,8 @@ SCALES_OF_MXFP4 = (1.0, 0.5, 2.0)
 
 NEXT = (-1, 0, 1)
 AROUND = tuple(range(-3, 5))
-SCALES_OF_Q3_K = IntegerScales(4, 32, 32, 4 / 3, (-4, -2, -1, 0, 1, 4, 6, 8), NEXT, NEXT)
-SCALES_OF_Q6_K = IntegerScales(32, 128, 0, 1.15, tuple(range(-1, 15)), NEXT, NEXT)
+SCALES_OF_Q3_K = IntegerScales(4, 32, 32, 4 / 3, (-8, -4, -2, -1, 0, 1, 4, 6, 8), (-1,), NEXT)
+SCALES_OF_Q6_K = IntegerScales(32, 128, 0, 1.15, (-11, *range(-1, 9), 10, 12, 14), (-6,), NEXT)
 SCALES_OF_IQ4_XS = IntegerScales(127, 32, 32, 1.15, AROUND, AROUND, (-2, -1, 0, 1, 2))
 
 MINIMA_OF_Q2_K = IntegerMinima(15, (-0.1, 0.3), (0, 1, 2, 3, 4), (0, 1, 2), NEAR, ALONG)

@@ -16,8 +16,8 @@ class IntegerScales(NamedTuple):
 
     `stored_zero` is added to them in the file. d puts the value farthest from zero in the block on the code -peak with
     the scale -top / room. The scale that does so with that of a group starts its trials: steps are added to its size,
-    with the same or the opposite sign. Then the best scale is tried again, with the `last_steps`, for d fitted to the
-    codes and for d of no room.
+    with the same or the opposite sign. A far smaller size suits a group whose farthest value weighs little. Then the
+    best scale is tried again, with the `last_steps`, for d fitted to the codes.
     """
 
     peak: int
@@ -60,18 +60,17 @@ def refine_integer_scales(columns: Columns, how: IntegerScales) -> tuple[torch.T
     """d [n], which float16 can hold, and the integer scales [groups, n] that the columns are encoded with."""
     columns.limit()
     low, high = columns.blocks(columns.x.amin(0)), columns.blocks(columns.x.amax(0))
-    plain = in_half(farthest(low.amin(0), high.amax(0)) * (1 / (how.peak * how.top)))
-    d = in_half(plain * how.room)
+    d = in_half(farthest(low.amin(0), high.amax(0)) * (how.room / (how.peak * how.top)))
     start = farthest(low, high).div(d * -how.peak).round_()
     size, sign = start.abs(), torch.ones_like(start).copysign(start)
     steps = for_trials(how.steps + how.opposite_steps, size)
     signs = for_trials((1,) * len(how.steps) + (-1,) * len(how.opposite_steps), size)
     scale, error = best_of(columns, d, moved(size, steps, sign * signs, how.top))
-    d, scale, error = retried(columns, d, scale, error, fitted(columns, d, scale), scale.sign(), how)
-    d, scale, _ = retried(columns, d, scale, error, plain, sign, how)
-    useless = columns.error((d * scale).flatten()) >= columns.total(columns.x, columns.x)
-    scale = scale.masked_fill(columns.blocks(useless), 0)
-    return d.masked_fill(scale.abs().amax(0) == 0, 0), scale
+    d, scale, error = retried(columns, d, scale, error, fitted(columns, d, scale), how)
+    columns.encode((d * scale).flatten())
+    useless = error >= columns.blocks(columns.total(columns.x, columns.x))
+    scale.masked_fill_(useless, 0)
+    return d.masked_fill_(scale.abs().amax(0) == 0, 0), scale
 
 
 def best_of(columns: Columns, d: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +81,7 @@ def best_of(columns: Columns, d: torch.Tensor, scales: torch.Tensor) -> tuple[to
 
 def moved(size: torch.Tensor, step: torch.Tensor, sign: torch.Tensor, top: int) -> torch.Tensor:
     """Integer scales not 0: of a size so many steps more, with a sign."""
-    return ((size + step).clamp_(1, top) * sign).clamp_(-top, top - 1)
+    return (size + step).clamp_(1, top).mul_(sign).clamp_(-top, top - 1)
 
 
 def fitted(columns: Columns, d: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -101,12 +100,12 @@ def retried(
     scale: torch.Tensor,
     error: torch.Tensor,
     new_d: torch.Tensor,
-    sign: torch.Tensor,
     how: IntegerScales,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """d, scale and error as they are, or where that is less with a new d, signs and the best scales near by."""
+    """d, scale and error as they are, or where that is less with a new d and the best scales near by."""
     size = (scale * (d / new_d)).abs().round_()
-    new_scale, new_error = best_of(columns, new_d, moved(size, for_trials(how.last_steps, size), sign, how.top))
+    steps = for_trials(how.last_steps, size)
+    new_scale, new_error = best_of(columns, new_d, moved(size, steps, scale.sign(), how.top))
     better = columns.over_groups(new_error) < columns.over_groups(error)
     return tuple(torch.where(better, *pair) for pair in ((new_d, d), (new_scale, scale), (new_error, error)))
 
