@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from .quantize import VALUES_PER_PASS, quantize
+from .quantize import quantize
 
 
 class Task(NamedTuple):
@@ -44,8 +44,6 @@ def receive(file: BinaryIO) -> tuple[object, torch.Tensor]:
 def serve(tasks: BinaryIO = sys.stdin.buffer, blocks: BinaryIO = sys.stdout.buffer) -> None:
     """Quantise until the input ends: it does when the process that sends tasks is gone, however that ended."""
     torch.set_num_threads(1)
-    # What the core's own cache holds. Threads that wait for each other are faster with more.
-    VALUES_PER_PASS["cpu"] = 1 << 17
     while True:
         try:
             task, raw = receive(tasks)

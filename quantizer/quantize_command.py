@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=processes,
         default=1,
         metavar="N",
-        help="quantise in so many processes on the CPU: faster, 0.2 GB of memory each (default: 1)",
+        help="quantise in so many processes on the CPU: faster, 0.2 GB of memory for each after the first (default: 1)",
     )
     parser.add_argument("--architecture", metavar="NAME", help="general.architecture of a model that is not known")
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")

@@ -153,7 +153,7 @@ def test_strided_values(name, columns):
 
 @pytest.mark.parametrize("name", ["F32", "Q4_1", "Q3_K", "Q4_K", "IQ4_XS"])
 def test_passes_join_without_a_seam(ggml, name):
-    values = torch.randn(VALUES_PER_PASS["cpu"] // 256 + 3, 256, generator=generator())
+    values = torch.randn(2 * VALUES_PER_PASS["cpu"] // 256 + 3, 256, generator=generator())
     assert_same_blocks(quantize_as_ggml(values, name), by_ggml(ggml, values, name), name)
 
 

@@ -20,7 +20,7 @@ WAIT_SECONDS = 30
 START_AND_WAIT = """
 import sys, torch
 from gguf_native.quantizer.encoders import encoder
-with encoder(2) as encode:
+with encoder(3) as encode:
     encode(torch.ones(4, 32), "Q4_0", None)
     print("ready", flush=True)
     sys.stdin.read()
@@ -36,9 +36,11 @@ def values(n_rows: int) -> torch.Tensor:
 
 
 def test_the_same_blocks_and_then_no_processes():
+    n_threads = torch.get_num_threads()
     importance = torch.rand(512, generator=torch.Generator().manual_seed(1))
-    with encoder(2) as encode:
+    with encoder(3) as encode:
         assert len(children()) == 2
+        assert torch.get_num_threads() == 1
         for type_name, rows, weights in [
             ("Q4_K", values(300), None),
             ("Q3_K", values(7).bfloat16(), importance),
@@ -47,6 +49,7 @@ def test_the_same_blocks_and_then_no_processes():
         ]:
             assert torch.equal(encode(rows, type_name, weights), quantize(rows, type_name, weights))
     assert children() == []
+    assert torch.get_num_threads() == n_threads
 
 
 def test_the_same_file(tmp_path):
