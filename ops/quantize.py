@@ -14,8 +14,8 @@ from .formats.refine_unusual import least_error_encoder
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Values encoded in one pass: what a core's own cache holds, twice as many in threads, which then wait for each other less
-# at Python's lock. On a GPU work on them takes about 1 GB, up to 1.8 GB for IQ2_* and IQ3_*.
+# Values encoded in one pass: what a core's own cache holds, twice as many in threads, which then wait less at Python's
+# lock for each other. On a GPU work on them takes about 1 GB, up to 1.8 GB for IQ2_* and IQ3_*.
 VALUES_PER_PASS = {"cpu": 1 << 17}
 VALUES_PER_PASS_ELSEWHERE = 1 << 24
 

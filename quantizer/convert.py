@@ -50,8 +50,8 @@ def convert(
     source: safetensors (also in shards), a torch checkpoint or GGUF. type: a key of FILE_TYPES, or a size for which
     each matrix gets its own type, see `plan_for_size`. part: of a full checkpoint, see `take_part`. importance: a file
     for `read_importance`. architecture: for models that are not known. force: replace a file that is there. processes:
-    how many quantise at once on the CPU, with this one; 0.2 GB for each other. Raises QuantizerError and GGUFError kinds;
-    then there is no new file.
+    how many quantise at once on the CPU, with this one; each other takes 0.2 GB. Raises QuantizerError and GGUFError
+    kinds; then there is no new file.
     """
     row = file_type(type if isinstance(type, str) else CANDIDATES[0])
     model = take_part(open_source(source), part)
