@@ -1,5 +1,6 @@
 """ComfyUI in this process: its text encoder for the training, and pictures painted by its own nodes."""
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -49,16 +50,35 @@ def token_ids(clip, sentences: Sequence[str]) -> torch.Tensor:
     return torch.tensor([row + [END] * (TOKENS - len(row)) for row in rows])
 
 
+@contextlib.contextmanager
+def shortened(transformer, tokens: int):
+    """CLIP on the first tokens only: it never looks ahead, so they are what they are among all 77."""
+    positions = transformer.text_model.embeddings.position_embedding
+    whole = positions.weight
+    positions.weight = torch.nn.Parameter(whole[:tokens], requires_grad=False)
+    yield
+    positions.weight = whole
+
+
 @torch.inference_mode()
-def encode(clip, sentences: Sequence[str], device: torch.device, batch: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
-    """What CLIPTextEncode gives: bfloat16 context [N, 77, 768] and pooled text [N, 768]."""
-    transformer = clip.cond_stage_model.clip_l.transformer.to(device)
+def encode(
+    clip, sentences: Sequence[str], device: torch.device, tokens: int = TOKENS, batch: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What CLIPTextEncode gives, of the first tokens: bfloat16 context [N, tokens, 768] and pooled text [N, 768].
+
+    Whole contexts are computed as the host does, shorter ones, of which there are many, by bfloat16 products.
+    """
+    transformer = clip.cond_stage_model.clip_l.transformer.to(device).float()
     contexts, pooled = [], []
-    for ids in token_ids(clip, sentences).split(batch):
-        context, _, _, end = transformer(ids.to(device), dtype=torch.float32)
-        contexts.append(context.bfloat16())
-        pooled.append(end.bfloat16())
-    return torch.cat(contexts), torch.cat(pooled)
+    quick = torch.autocast(device.type, torch.bfloat16, enabled=tokens < TOKENS)
+    with shortened(transformer, tokens), quick:
+        for ids in token_ids(clip, sentences)[:, :tokens].split(batch):
+            context, _, _, end = transformer(ids.to(device), dtype=torch.float32)
+            contexts.append(context.bfloat16())
+            pooled.append(end.bfloat16())
+    # Not as inference tensors, which no gradient passes.
+    with torch.inference_mode(False):
+        return torch.cat(contexts).clone(), torch.cat(pooled).clone()
 
 
 class Painter:

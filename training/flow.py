@@ -1,6 +1,8 @@
 """The tiny Flux and its training: the velocity from picture to noise, as ComfyUI samples Flux without guidance."""
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,8 +11,8 @@ from comfy.ldm.flux.model import Flux
 from comfy.taesd.taesd import TAESD
 from einops import rearrange
 
-from . import autoencoder, engine
-from .optimise import optimise
+from . import autoencoder, engine, text
+from .optimise import optimise, process
 from .scenes import Caption, draw, random_captions
 from .scorer import scores
 
@@ -23,8 +25,8 @@ CONFIG = {
     "hidden_size": 256,
     "mlp_ratio": 4.0,
     "num_heads": 2,
-    "depth": 3,
-    "depth_single_blocks": 5,
+    "depth": 2,
+    "depth_single_blocks": 4,
     "axes_dim": [16, 56, 56],
     "theta": 10000,
     "patch_size": 2,
@@ -32,7 +34,7 @@ CONFIG = {
     "guidance_embed": False,
     "txt_ids_dims": [],
 }
-BATCH, RATE = 512, 1e-3
+BATCH, RATES = 64, (0.025, 2e-3)
 # More of the steps where there is much noise, which decides what stands where.
 TIME_SHIFT = 2.0
 # The share of captions that are left out, for those who sample with CFG.
@@ -67,7 +69,7 @@ class Pool(NamedTuple):
     """Captions and pictures to train on; picture i is of caption i modulo their number."""
 
     tokens: torch.Tensor  # bfloat16 [pictures, 64, 64]
-    context: torch.Tensor  # bfloat16 [captions, 77, 768]
+    context: torch.Tensor  # bfloat16 [captions, text.TOKENS, 768]
     pooled: torch.Tensor  # bfloat16 [captions, 768]
 
 
@@ -92,14 +94,33 @@ def to_latents(tokens: torch.Tensor) -> torch.Tensor:
     return rearrange(tokens, "n (h w) (c ph pw) -> n c (h ph) (w pw)", h=8, ph=2, pw=2)
 
 
+def plain_attention(_, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask=None, **_options):
+    """The host's attention as two products, whose gradient is quick on a CPU; its arguments, its result."""
+    count = len(q)
+    q, k, v = (values.flatten(0, 1) for values in (q, k, v))
+    weights = torch.bmm(q, k.mT).float() * q.shape[-1] ** -0.5
+    if mask is not None:
+        weights = weights + mask
+    mixed = torch.bmm(weights.softmax(-1).to(v.dtype), v)
+    return mixed.unflatten(0, (count, heads)).transpose(1, 2).flatten(2)
+
+
 def velocity(
     model: Flux, tokens: torch.Tensor, time: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor
 ) -> torch.Tensor:
-    """The model on tokens; one set of positions does for the whole batch."""
+    """The host's forward on tokens; one set of positions does for the whole batch.
+
+    A context of text.TOKENS counts as one of 77: its last token weighs as much as all that it stands for.
+    """
     _, places = model.process_img(tokens.new_zeros(1, 16, 16, 16))
-    text_places = places.new_zeros(1, context.shape[1], places.shape[-1])
-    with autoencoder.half_precision(tokens.device):
-        return model.forward_orig(tokens, places, context, text_places, time, pooled).float()
+    texts = context.shape[1]
+    text_places = places.new_zeros(1, texts, places.shape[-1])
+    mask = places.new_zeros(texts + places.shape[1])
+    mask[texts - 1] = math.log(engine.TOKENS - texts + 1)
+    options = {"optimized_attention_override": plain_attention}
+    return model.forward_orig(
+        tokens, places, context, text_places, time, pooled, transformer_options=options, attn_mask=mask
+    ).float()
 
 
 def encode_pictures(vae: TAESD, captions: Sequence[Caption], generator: torch.Generator, device: torch.device):
@@ -113,9 +134,8 @@ def make_pool(
 ) -> Pool:
     generator = torch.Generator().manual_seed(seed)
     tokens = [encode_pictures(vae, captions, generator, device) for _ in range(pictures_each)]
-    context, pooled = engine.encode(clip, [str(caption) for caption in captions], device)
-    # Out of inference mode, where they were made.
-    return Pool(torch.cat(tokens), context.clone(), pooled.clone())
+    context, pooled = engine.encode(clip, [str(caption) for caption in captions], device, text.TOKENS)
+    return Pool(torch.cat(tokens), context, pooled)
 
 
 @torch.no_grad()
@@ -125,7 +145,9 @@ def paint(model: Flux, vae: TAESD, context: torch.Tensor, pooled: torch.Tensor, 
     tokens = noise.to(context.device)
     for step in range(STEPS):
         time = torch.full((len(context),), 1 - step / STEPS, device=context.device)
-        tokens = tokens - velocity(model, tokens, time, context.float(), pooled.float()) / STEPS
+        with autoencoder.half_precision(tokens.device):
+            moved = velocity(model, tokens, time, context.float(), pooled.float())
+        tokens = tokens - moved / STEPS
     return autoencoder.decode(vae, to_latents(tokens))
 
 
@@ -134,8 +156,10 @@ def quality(model: Flux, vae: TAESD, captions: Sequence[Caption], context: torch
     return ", ".join(f"{part} {right:.1%}" for part, right in found.items())
 
 
-def loss_of_batch(model: Flux, pool: Pool, empty: tuple[torch.Tensor, torch.Tensor], batch: int) -> torch.Tensor:
-    """Of `batch` random pictures at random times; `empty` is the text of no caption."""
+def loss_of_batch(
+    moving: Callable[..., torch.Tensor], pool: Pool, empty: tuple[torch.Tensor, torch.Tensor], batch: int
+) -> torch.Tensor:
+    """Of `batch` random pictures at random times, by a `velocity`; `empty` is the text of no caption."""
     device = pool.tokens.device
     chosen = torch.randint(len(pool.tokens), (batch,), device=device)
     captions = chosen % len(pool.pooled)
@@ -147,26 +171,52 @@ def loss_of_batch(model: Flux, pool: Pool, empty: tuple[torch.Tensor, torch.Tens
     picture = pool.tokens[chosen].float()
     noise = torch.randn_like(picture)
     mixed = torch.lerp(picture, noise, time[:, None, None])
-    return F.mse_loss(velocity(model, mixed, time, context.float(), pooled.float()), noise - picture)
+    with autoencoder.half_precision(device):
+        found = moving(mixed, time, context.float(), pooled.float())
+    return F.mse_loss(found, noise - picture)
+
+
+def begin(clip, device: torch.device) -> Flux:
+    torch.manual_seed(2)
+    model = build(device)
+    text.set_text_layers(model, clip, device)
+    return model
+
+
+def parts_to_train(model: Flux) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """The matrices of the blocks, which Muon trains, and all others but those that are fitted."""
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not name.startswith(text.LAYERS))
+        if weight.requires_grad:
+            (matrices if "_blocks." in name and weight.dim() == 2 else others).append(weight)
+    return matrices, others
 
 
 def train(
-    vae: TAESD, clip, captions: int, pictures_each: int, seconds: float, device: torch.device, batch: int = BATCH
-) -> Flux:
-    torch.manual_seed(2)
+    model: Flux,
+    vae: TAESD,
+    clip,
+    captions: int,
+    pictures_each: int,
+    seconds: float,
+    device: torch.device,
+    batch: int,
+    keep: Callable[[Flux], None],
+) -> None:
+    """`keep` gets the model now and then, and at the end."""
     # Never trained on, but for chance repetitions.
-    watched = random_captions(min(LOOKED_AT, batch), seed=22)
+    watched = random_captions(LOOKED_AT, seed=22)
     prompts = engine.encode(clip, [str(caption) for caption in watched], device)
-    empty = tuple(text.clone() for text in engine.encode(clip, [""], device))
-    pool = make_pool(vae, clip, random_captions(captions, seed=23), pictures_each, seed=24, device=device)
+    empty = engine.encode(clip, [""], device, text.TOKENS)
+    # Each process has captions, pictures and noise of its own.
+    torch.manual_seed(60 + process())
+    pool = make_pool(vae, clip, random_captions(captions, 70 + process()), pictures_each, 80 + process(), device)
     engine.LOG.info("flow: %d pictures of %d captions encoded", len(pool.tokens), captions)
-    model = build(device)
-    optimise(
-        "flow",
-        model.parameters(),
-        lambda: loss_of_batch(model, pool, empty, batch),
-        seconds,
-        RATE,
-        lambda: quality(model, vae, watched, *prompts),
-    )
-    return model
+    moving = torch.compile(functools.partial(velocity, model))
+
+    def look() -> str:
+        keep(model)
+        return quality(model, vae, watched, *prompts)
+
+    optimise("flow", *parts_to_train(model), lambda: loss_of_batch(moving, pool, empty, batch), seconds, RATES, look)

@@ -1,18 +1,20 @@
 """A LoRA that teaches the tiny Flux a colour it never saw; the keys are those that ComfyUI's LoraLoader takes."""
 
-import random
+import functools
+from collections.abc import Callable
 
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.taesd.taesd import TAESD
 
-from . import engine, flow
-from .optimise import optimise
+from . import engine, flow, text
+from .optimise import optimise, process
 from .scenes import in_new_colour, random_captions
 
-RANK, BATCH, RATE = 8, 256, 2e-3
+RANK, BATCH, RATES = 8, 32, (0.0, 2e-3)
 # The rest are captions without the new colour, which are to stay as they are.
 NEW_SHARE = 0.75
+PICTURES_EACH = 4
 
 
 class Adapted(torch.nn.Module):
@@ -51,26 +53,40 @@ def state_dict(additions: dict[str, Adapted]) -> dict[str, torch.Tensor]:
 
 
 def train(
-    model: Flux, vae: TAESD, clip, captions: int, seconds: float, device: torch.device, batch: int = BATCH
-) -> dict[str, torch.Tensor]:
-    """Changes `model`; returns the tensors of the LoRA's file."""
+    model: Flux,
+    vae: TAESD,
+    clip,
+    captions: int,
+    seconds: float,
+    device: torch.device,
+    batch: int,
+    keep: Callable[[dict[str, torch.Tensor]], None],
+) -> None:
+    """Changes `model`; `keep` gets the tensors of the LoRA's file now and then, and at the end."""
     torch.manual_seed(3)
     additions = adapt(model)
-    plain = random_captions(captions, seed=31)
+    # Each process has captions, pictures and noise of its own.
+    torch.manual_seed(90 + process())
+    plain = random_captions(captions, seed=100 + process())
     new = round(captions * NEW_SHARE)
-    mixed = in_new_colour(plain[:new], seed=32) + plain[new:]
-    random.Random(33).shuffle(mixed)
-    pool = flow.make_pool(vae, clip, mixed, 1, seed=34, device=device)
-    empty = tuple(text.clone() for text in engine.encode(clip, [""], device))
-    watched = in_new_colour(random_captions(min(flow.LOOKED_AT, batch), seed=35), seed=36)
+    mixed = in_new_colour(plain[:new], seed=110 + process()) + plain[new:]
+    pool = flow.make_pool(vae, clip, mixed, PICTURES_EACH, 120 + process(), device)
+    empty = engine.encode(clip, [""], device, text.TOKENS)
+    watched = in_new_colour(random_captions(flow.LOOKED_AT, seed=35), seed=36)
     prompts = engine.encode(clip, [str(caption) for caption in watched], device)
-    engine.LOG.info("LoRA: before it, %s", flow.quality(model, vae, watched, *prompts))
+    # Too few steps for compiling to be worth its time.
+    moving = functools.partial(flow.velocity, model)
+
+    def look() -> str:
+        keep(state_dict(additions))
+        return flow.quality(model, vae, watched, *prompts)
+
     optimise(
         "LoRA",
+        [],
         [weight for addition in additions.values() for weight in (addition.down.weight, addition.up.weight)],
-        lambda: flow.loss_of_batch(model, pool, empty, batch),
+        lambda: flow.loss_of_batch(moving, pool, empty, batch),
         seconds,
-        RATE,
-        lambda: flow.quality(model, vae, watched, *prompts),
+        RATES,
+        look,
     )
-    return state_dict(additions)

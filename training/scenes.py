@@ -33,13 +33,13 @@ NEW_COLOUR = "brown"
 BASE_COLOURS = tuple(colour for colour in COLOURS if colour != NEW_COLOUR)
 
 # Radius in pixels of a circle of that size.
-SIZES = {"small": 11.0, "medium": 16.5, "large": 24.0}
+SIZES = {"small": 12.0, "medium": 17.0, "large": 24.0}
 
 # Where the second thing is, seen from the first: steps to the right and down.
 RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 
 # Pixels from the middle of the picture to the things of a pair, and how far anything strays from its place.
-PAIR_OFFSET, PAIR_STRAY, CROSS_STRAY, LONE_STRAY = 32.0, 2.0, 10.0, 20.0
+PAIR_OFFSET, PAIR_STRAY, CROSS_STRAY, LONE_STRAY = 32.0, 2.0, 4.0, 6.0
 RADIUS_STRAY = 0.03
 LONE_SHARE = 0.25
 

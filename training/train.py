@@ -3,7 +3,8 @@
     python tests/host/environment.py -m training.train FOLDER
 
 Writes tiny_vae, tiny_flux and tiny_lora.safetensors and grid.png to FOLDER. A stage that is left out takes its
-predecessors' files from there. The seeds are fixed; how many steps fit into the seconds is up to the GPU.
+predecessors' files from there. The seeds are fixed; how many steps fit into the seconds is up to the machine.
+Processes of torch.distributed.run train together, each with one thread; one alone takes what the machine has.
 """
 
 import argparse
@@ -15,8 +16,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import distributed
 
 from . import engine
+from .optimise import process
 from .scenes import in_new_colour, random_captions
 from .scorer import scores
 
@@ -29,12 +32,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--seconds-autoencoder", type=float, default=70)
-    parser.add_argument("--seconds-flow", type=float, default=300)
-    parser.add_argument("--seconds-lora", type=float, default=40)
-    parser.add_argument("--captions", type=int, default=98304, help="captions that the flow model is trained on")
-    parser.add_argument("--pictures-each", type=int, default=2, help="pictures of each of them")
-    parser.add_argument("--captions-lora", type=int, default=16384)
+    parser.add_argument("--seconds-autoencoder", type=float, default=600)
+    parser.add_argument("--seconds-flow", type=float, default=3000)
+    parser.add_argument("--seconds-lora", type=float, default=300)
+    parser.add_argument("--go-on", action="store_true", help="the flow model from where its file in FOLDER is")
+    parser.add_argument("--captions", type=int, default=3072, help="captions that the flow model is trained on")
+    parser.add_argument("--pictures-each", type=int, default=8, help="pictures of each of them")
+    parser.add_argument("--captions-lora", type=int, default=1024)
     parser.add_argument("--captions-evaluated", type=int, default=64)
     parser.add_argument("--batch", type=int, help="instead of each stage's own, for a try on a small machine")
     return parser.parse_args(arguments)
@@ -85,13 +89,19 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = True
     files = {name: options.folder / f"tiny_{name}.safetensors" for name in ("vae", "flux", "lora")}
     if "autoencoder" in options.stages:
-        vae = autoencoder.train(options.seconds_autoencoder, device, batch_of(options, autoencoder.BATCH))
-        save(vae.state_dict(), files["vae"])
+        autoencoder.train(
+            options.seconds_autoencoder,
+            device,
+            batch_of(options, autoencoder.BATCH),
+            lambda vae: save(vae.state_dict(), files["vae"]),
+        )
     if not {"flow", "lora"} & set(options.stages):
         return
     vae, clip = load_vae(files["vae"], device), engine.load_clip()
     if "flow" in options.stages:
-        model = flow.train(
+        model = load_flux(files["flux"], device) if options.go_on else flow.begin(clip, device)
+        flow.train(
+            model,
             vae,
             clip,
             options.captions,
@@ -99,14 +109,20 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
             options.seconds_flow,
             device,
             batch_of(options, flow.BATCH),
+            lambda model: save(as_flux_file(model.state_dict()), files["flux"]),
         )
-        save(as_flux_file(model.state_dict()), files["flux"])
     if "lora" in options.stages:
         model = load_flux(files["flux"], device)
-        tensors = lora.train(
-            model, vae, clip, options.captions_lora, options.seconds_lora, device, batch_of(options, lora.BATCH)
+        lora.train(
+            model,
+            vae,
+            clip,
+            options.captions_lora,
+            options.seconds_lora,
+            device,
+            batch_of(options, lora.BATCH),
+            lambda tensors: save(tensors, files["lora"]),
         )
-        save(tensors, files["lora"])
 
 
 def evaluate(folder: Path, count: int) -> None:
@@ -145,11 +161,14 @@ def show(pictures: torch.Tensor, file: Path, columns: int = 8) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stdout)
-    LOG.setLevel(logging.INFO)
     options = parse(sys.argv[1:])
     options.folder = options.folder.resolve()
     options.folder.mkdir(parents=True, exist_ok=True)
     device = engine.bind()
+    if distributed.is_torchelastic_launched():
+        distributed.init_process_group("gloo")
+        torch.set_num_threads(1)
+    LOG.setLevel(logging.WARNING if process() else logging.INFO)
     if set(options.stages) - {"evaluate"}:
         train(options, device)
     if "evaluate" in options.stages:
