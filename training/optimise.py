@@ -90,7 +90,7 @@ def optimise(
     weights = [parameter.detach() for parameter in (*matrices, *others)]
     means = [weight.clone() for weight in weights]
     start = logged = time.monotonic()
-    looks, step, part, recent = list(LOOKS), 0, 0.0, 0.0
+    looks, step, part, recent = list(LOOKS), 0, 0.0, None
     while looks:
         loss = loss_of_step()
         loss.backward()
@@ -104,11 +104,11 @@ def optimise(
         adam.zero_grad(set_to_none=True)
         step += 1
         torch._foreach_lerp_(means, weights, max(MEAN_LEAST, min(0.5, MEAN_SHARE / step)))
-        recent += (loss.item() - recent) * max(0.02, 1 / step)
+        recent = loss.detach() if recent is None else torch.lerp(recent, loss.detach(), max(0.02, 1 / step))
         now = time.monotonic()
         if now - logged > LOG_SECONDS:
             logged = now
-            LOG.info("%s: %6.1f s, step %5d, loss %.5f", name, now - start, step, recent)
+            LOG.info("%s: %6.1f s, step %5d, loss %.5f", name, now - start, step, recent.item())
         if part >= looks[0]:
             looks = [later for later in looks if later > part]
             exchange(weights, means)
