@@ -30,7 +30,7 @@ sys.path.append(str(HERE.parent / "tests" / "ops"))
 from ggml_reference import by_ggml, library  # noqa: E402
 
 RESULTS = HERE / "results" / "quantize.json"
-ROWS, COLUMNS, ROUNDS = 2048, 4096, 3
+ROWS, COLUMNS, ROUNDS = 4096, 4096, 5
 ERROR_ROWS = 128
 HEADINGS = (
     "type",
@@ -63,26 +63,34 @@ def errors(ggml, name: str) -> dict[str, float]:
 
 
 def rates(ggml, name: str) -> dict[str, float]:
-    """Megabytes of values per second of each contender, in turns."""
+    """Megabytes of values per second of each contender, in turns; with processes, this one has one thread of torch."""
     values = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2))
     threads = torch.get_num_threads()
     parts, runs = values.chunk(threads), values.split(VALUES_PER_RUN["cpu"] // COLUMNS)
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool, encoder(threads) as in_processes:
-        in_processes(values[:32], name)
-        contenders: dict[str, Callable[[], object]] = {
-            "ggml_1_thread": lambda: by_ggml(ggml, values, name),
-            "ggml_all_threads": lambda: list(pool.map(lambda part: by_ggml(ggml, part, name), parts)),
-            "as_ggml": lambda: quantize_as_ggml(values, name),
-            "ours": lambda: quantize(values, name),
-            "ours_processes": lambda: [in_processes(run, name) for run in runs],
-        }
-        times = {contender: [] for contender in contenders}
-        for _ in range(ROUNDS):
-            for contender, run in contenders.items():
-                start = time.perf_counter()
-                run()
-                times[contender].append(time.perf_counter() - start)
-    return {contender: values.numel() * 4e-6 / statistics.median(some) for contender, some in times.items()}
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        seconds = in_turns(
+            {
+                "ggml_1_thread": lambda: by_ggml(ggml, values, name),
+                "ggml_all_threads": lambda: list(pool.map(lambda part: by_ggml(ggml, part, name), parts)),
+                "as_ggml": lambda: quantize_as_ggml(values, name),
+                "ours": lambda: quantize(values, name),
+            }
+        )
+    with encoder(threads) as in_processes:
+        in_processes(runs[0], name)
+        seconds |= in_turns({"ours_processes": lambda: [in_processes(run, name) for run in runs]})
+    return {contender: values.numel() * 4e-6 / statistics.median(some) for contender, some in seconds.items()}
+
+
+def in_turns(contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds that each took in each round."""
+    times = {contender: [] for contender in contenders}
+    for _ in range(ROUNDS):
+        for contender, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            times[contender].append(time.perf_counter() - start)
+    return times
 
 
 def main() -> None:
