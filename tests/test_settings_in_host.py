@@ -26,6 +26,7 @@ UNLOADING = re.compile(r"GGUF Native: unloading (\w+) \((.+)\): (.+)\.")
 COMPUTE = re.compile(r"GGUF Native: some layers compute exactly instead of in (\w+), which is slower: (.+)\.")
 MANY_LORAS = "2 LoRAs on one model, more than max_loras, which"
 LORA_FILES = re.compile(r"GGUF Native: LoRA (\w+)\.safetensors (stays in|leaves) memory")
+KEPT = re.compile(r"GGUF Native: quant_cache_size: (\d+) of (\d+) decoded weights are kept while sampling, ([\d.]+) MB")
 DECODING = "GGUF Native: decoding 2 latent(s) one at a time (vae_slicing)."
 # Loaded models as the log names them.
 TEXT, FLUX = ("FluxClipModel_", "text encoder"), ("Flux", "diffusion model")
@@ -182,11 +183,23 @@ def test_compute_without_a_gpu_is_exact_and_says_so_once(plain, samples, plain_p
     assert COMPUTE.findall(plain.log()) == [("fp8", "it needs an NVIDIA GPU")]
 
 
+def test_decoded_weights_are_kept(comfyui, samples, tmp_path, plain, plain_pictures):
+    """All of the small model by default; as many as fit a megabyte, the same picture."""
+    assert all(kept == of for kept, of, _ in KEPT.findall(plain.log()))
+    assert KEPT.search(plain.log())
+    with server_with(comfyui, samples, tmp_path, quant_cache_size="1") as server:
+        assert difference(pictures(server, flux(samples)), plain_pictures) == 0
+        ((kept, of, megabytes),) = KEPT.findall(server.log())
+        assert 0 < int(kept) < int(of)
+        assert float(megabytes) <= 1
+
+
 def test_one_at_a_time_and_nothing_mapped(comfyui, samples, tmp_path, plain_pictures):
-    settings = {"max_parallel_models": "1", "streaming_loading": "off"}
+    settings = {"max_parallel_models": "1", "streaming_loading": "off", "quant_cache_size": "0"}
     with server_with(comfyui, samples, tmp_path, **settings) as server:
         assert difference(pictures(server, flux(samples)), plain_pictures) == 0
         assert unloaded(server.log()) == [(*TEXT, "max_parallel_models is 1")]
+        assert KEPT.findall(server.log()) == []
         assert held(server) == [VAE, FLUX[0]]
         assert not (hasattr(psutil.Process, "memory_maps") and mapped(server))
 
