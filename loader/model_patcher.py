@@ -50,7 +50,7 @@ class PackedPatching:
         """Decoded weights leave before packed ones: they only save time."""
         cache = cache_of(self.model)
         given_up = cache.give_up() if cache is not None else 0
-        if given_up >= memory_to_free > 0:
+        if given_up >= memory_to_free:
             return given_up
         return given_up + super().partially_unload(device_to, memory_to_free - given_up, *args, **kwargs)
 
@@ -115,6 +115,7 @@ class ModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):
             else:
                 log_loading_anew()
         n_bytes = super().partially_load(device_to, *args, **kwargs)
+        # Where the model lies on the device already the host calls no `load`.
         hand_over(self, device_to)
         return n_bytes
 

@@ -11,22 +11,14 @@ import comfy.utils
 import torch
 
 from ..ops.dequantize import dequantize
+from ..ops.formats import FORMATS, is_packed
 from ..ops.layout import pack
+from .errors import TruncatedFileError
 from .gguf_file import GGUFFile, TensorInfo, open_gguf
 from .original_shape import logical_shape
 
 log = logging.getLogger("gguf_native")
 
-PLAIN = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
 # What a packed weight claims to be until the host has chosen the model's dtype. The host lets float16 and fp8 files
 # decide that dtype; bfloat16 leaves the choice to the model's own preference and the card.
 UNDECIDED = torch.bfloat16
@@ -51,8 +43,8 @@ def read_state_dict(path: str, streaming: bool = True) -> tuple[dict[str, torch.
 
 def _tensor(file: GGUFFile, info: TensorInfo, data: torch.Tensor) -> torch.Tensor:
     shape = logical_shape(file, info)
-    if info.type in PLAIN:
-        return data.view(PLAIN[info.type]).view(shape)
+    if not is_packed(info.type):
+        return data.view(FORMATS[info.type].storage_dtype).view(shape)
     if info.name.endswith(".weight") and len(shape) > 1:
         return pack(data, info.type, shape, UNDECIDED)
     return dequantize(data, info.type, shape)
@@ -65,7 +57,13 @@ def _read_now(info: TensorInfo, progress: comfy.utils.ProgressBar) -> torch.Tens
     room = mmap.mmap(-1, info.nbytes)
     with open(info.path, "rb") as source:
         source.seek(info.offset)
-        source.readinto(room)
+        missing = info.nbytes - source.readinto(room)
+    if missing:
+        raise TruncatedFileError(
+            f"{info.path.name}: ends {missing:,} bytes early in tensor '{info.name}'; it was changed while it was "
+            "read. Download it again.",
+            missing,
+        )
     progress.update(info.nbytes)
     return torch.frombuffer(room, dtype=torch.uint8)
 

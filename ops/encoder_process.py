@@ -32,12 +32,8 @@ def receive(file: BinaryIO) -> tuple[object, torch.Tensor]:
     """What `send` wrote, the tensor as its bytes. EOFError where the other end is gone."""
     about, n_bytes = pickle.load(file)
     raw = torch.empty(n_bytes, dtype=torch.uint8)
-    view, done = memoryview(raw.numpy()), 0
-    while done < n_bytes:
-        count = file.readinto(view[done:])
-        if not count:
-            raise EOFError
-        done += count
+    if file.readinto(memoryview(raw.numpy())) < n_bytes:
+        raise EOFError
     return about, raw
 
 

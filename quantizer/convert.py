@@ -78,7 +78,7 @@ def convert(
     report = Progress(progress, planned)
     contents = read_ahead(run for tensor in planned for run in runs_of(tensor, device))
     try:
-        with encoder(processes) as encode:
+        with encoder(processes if torch.device(device).type == "cpu" else 1) as encode:
             options = {"importance": weights, "device": device, "report": report, "file": model.name, "encode": encode}
             write_gguf(paths, pairs, shards, partial(pack_tensor, contents=contents, **options))
     finally:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def encoder(n_processes: int) -> Iterator[Encode]:
 
             def encode(rows: torch.Tensor, type: str, importance: torch.Tensor | None = None) -> torch.Tensor:
                 mine, *parts = rows.chunk(n_processes)
-                done = threads.map(encode_part, processes, parts, [type] * len(parts), [importance] * len(parts))
+                done = threads.map(encode_part, processes, parts, repeat(type), repeat(importance))
                 return torch.cat([quantize(mine, type, importance), *done])
 
             yield encode

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
             split_max_bytes=arguments.split_max_size,
             architecture=arguments.architecture,
             force=arguments.force,
-            processes=arguments.processes if arguments.device.type == "cpu" else 1,
+            processes=arguments.processes,
         )
     for path in paths:
         say(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")

@@ -26,18 +26,18 @@ def shapes_of(module: torch.nn.Module) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
 
 
-def flux(context: int, pooled: int) -> Shapes:
-    """Two double and two single blocks of width 256: all rows fit the K-quants."""
+def flux(context: int, pooled: int, width: int = 256, depth: int = 2, depth_single_blocks: int = 2) -> Shapes:
+    """By default two double and two single blocks of width 256: all rows fit the K-quants."""
     model = comfy.ldm.flux.model.Flux(
         in_channels=16,
         out_channels=16,
         vec_in_dim=pooled,
         context_in_dim=context,
-        hidden_size=256,
+        hidden_size=width,
         mlp_ratio=4.0,
-        num_heads=2,
-        depth=2,
-        depth_single_blocks=2,
+        num_heads=width // 128,
+        depth=depth,
+        depth_single_blocks=depth_single_blocks,
         axes_dim=[16, 56, 56],
         theta=10000,
         patch_size=2,

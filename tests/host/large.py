@@ -2,40 +2,15 @@
 
 from pathlib import Path
 
-import comfy.ldm.flux.model
 import gguf
 import numpy as np
-from host.architectures import ON_META, Shapes, shapes_of
+from host.architectures import flux
 
-WIDTH, DEPTH = 1024, 6
-# The width of tiny_clip_l.
-CONTEXT = POOLED = 256
+# About 250 million values; the largest matrix, which is decoded at once, has 6 million. For tiny_clip_l, 256 wide.
+SIZES = {"context": 256, "pooled": 256, "width": 1024, "depth": 6, "depth_single_blocks": 1}
 BLOCK_VALUES, BLOCK_BYTES = 32, 34
 # Blocks are drawn from so many: drawing each would take longer than the test.
 N_DRAWN = 65_536
-
-
-def shapes() -> Shapes:
-    """About 250 million values; the largest matrix, which is decoded at once, has 6 million."""
-    model = comfy.ldm.flux.model.Flux(
-        in_channels=16,
-        out_channels=16,
-        vec_in_dim=POOLED,
-        context_in_dim=CONTEXT,
-        hidden_size=WIDTH,
-        mlp_ratio=4.0,
-        num_heads=WIDTH // 128,
-        depth=DEPTH,
-        depth_single_blocks=1,
-        axes_dim=[16, 56, 56],
-        theta=10000,
-        patch_size=2,
-        qkv_bias=True,
-        guidance_embed=True,
-        txt_ids_dims=[],
-        **ON_META,
-    )
-    return {key.replace("_norm.weight", "_norm.scale"): shape for key, shape in shapes_of(model).items()}
 
 
 def write(path: Path, seed: int) -> None:
@@ -43,7 +18,7 @@ def write(path: Path, seed: int) -> None:
     random = np.random.default_rng(seed)
     blocks = random.integers(0, 256, (N_DRAWN, BLOCK_BYTES), np.uint8)
     writer = gguf.GGUFWriter(path, "flux")
-    for name, shape in shapes().items():
+    for name, shape in flux(**SIZES).items():
         if len(shape) == 1:
             writer.add_tensor(name, np.full(shape, name.endswith("scale"), np.float32))
             continue

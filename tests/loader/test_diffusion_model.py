@@ -1,6 +1,8 @@
 """Diffusion models from GGUF: the latent is that of ComfyUI's own loader given the same decoded weights."""
 
+import os
 import re
+from pathlib import Path
 
 import gguf
 import pytest
@@ -12,10 +14,12 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 
 import comfy.sd
 import comfy.utils
+from gguf_native.loader import state_dict
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.errors import (
     IncompleteModelError,
     OriginalShapeError,
+    TruncatedFileError,
     UnknownModelError,
     WrongShapeError,
 )
@@ -235,3 +239,12 @@ def test_quantised_bare_parameter_works(samples, write_gguf):
     values = torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType.Q8_0))[None]
     expected = by_the_host({**tensors, key: values})
     assert torch.equal(sample(model, "tiny_wan"), sample(expected, "tiny_wan"))
+
+
+def test_a_file_that_shrinks_while_it_is_read_up_front_is_named(write_gguf, monkeypatch):
+    path = Path(write_gguf({"img_in.weight": torch.ones(8, 8), "txt_in.weight": torch.ones(8, 8)}))
+    opened = state_dict.open_gguf(path)
+    os.truncate(path, path.stat().st_size - 100)
+    monkeypatch.setattr(state_dict, "open_gguf", lambda path: opened)
+    with pytest.raises(TruncatedFileError, match=r"model.gguf: ends 100 bytes early in tensor 'txt_in.weight'"):
+        state_dict.read_state_dict(str(path), streaming=False)
