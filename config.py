@@ -143,7 +143,7 @@ TABLE = (
         "vae_slicing",
         ON_OR_OFF,
         False,
-        "Decode one picture of a batch at a time, in tiles if one does not fit: slower, less memory; GGUF VAEs only.",
+        "Decode one picture of a batch at a time, in pieces if one does not fit: slower, less memory; GGUF VAEs only.",
     ),
     Setting(
         "sequential_processing",

@@ -79,6 +79,8 @@ if (
     and mm.is_nvidia()
     and comfy_aimdo.control.init_devices((device.index, 0) for device in mm.get_all_torch_devices())
 ):
+    # What the server sets by default; otherwise each request for memory is printed.
+    comfy_aimdo.control.set_log_info()
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
 import comfy.sample  # noqa: E402
@@ -86,6 +88,11 @@ import comfy.sd  # noqa: E402
 from gguf_native.loader import open_gguf  # noqa: E402
 from gguf_native.loader.diffusion_model import load_diffusion_model  # noqa: E402
 from gguf_native.ops import dequantize  # noqa: E402
+from gguf_native.ops.dequantize import has_kernel  # noqa: E402
+from gguf_native.ops.formats import FORMATS  # noqa: E402
+
+# What the pack does while the server starts.
+has_kernel(FORMATS["Q8_0"], mm.get_torch_device())
 
 
 def loras(model, count: int, rank: int, strength: float = 1.0):

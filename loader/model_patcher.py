@@ -4,6 +4,7 @@ import logging
 from functools import cache
 from typing import NamedTuple
 
+import comfy.cli_args
 import comfy.lora
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -17,11 +18,18 @@ from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.layout import is_packed
 from ..ops.lora import n_loras, side_path
 from ..ops.matmul import Workspace
+from ..ops.pinned_file import PinnedFile
+from ..ops.streaming import Streamer, pinned_file_of
 from . import residency
+from .graphs import forget_graphs, record_forwards
 from .residency import ATTACHMENT, DIFFUSION
 
 log = logging.getLogger("gguf_native")
 told = set()  # What is said once for the process
+
+
+# The kinds of pinned memory that the host's functions take by default.
+EVERY_PIN = ("weights-loaded", "patches-loaded", "weights", "patches")
 
 
 class Backup(NamedTuple):
@@ -48,6 +56,7 @@ class PackedPatching:
 
     def partially_unload(self, device_to, memory_to_free=0, *args, **kwargs):
         """Decoded weights leave before packed ones: they only save time."""
+        forget_graphs(self.model)
         cache = cache_of(self.model)
         given_up = cache.give_up() if cache is not None else 0
         if given_up >= memory_to_free:
@@ -55,6 +64,7 @@ class PackedPatching:
         return given_up + super().partially_unload(device_to, memory_to_free - given_up, *args, **kwargs)
 
     def detach(self, unpatch_all=True):
+        forget_graphs(self.model)
         model = super().detach(unpatch_all)
         if unpatch_all:
             for layer in packed_layers(self.model).values():
@@ -65,6 +75,7 @@ class PackedPatching:
 
     def cleanup(self):
         super().cleanup()
+        forget_graphs(self.model)
         # Not the one of `adopt`: a clone without DynamicVRAM has a model of its own.
         for layer in packed_layers(self.model).values():
             layer.workspace.release()
@@ -99,6 +110,7 @@ class ModelPatcherDynamic(PackedPatching, comfy.model_patcher.ModelPatcherDynami
     def load(self, device_to=None, *args, **kwargs):
         slots = unpatched_slots(self.model)
         super().load(device_to, *args, **kwargs)
+        stream_from_files(self.model, device_to)
         # Where patches differ from the last load the host has every slot filled anew, to patch what is in it.
         for layer in slots.keys() & unpatched_slots(self.model).keys():
             layer._v_signature = slots[layer]
@@ -166,6 +178,8 @@ def adopt(
     for layer in block_layers(patcher.model):
         layer.compute = compute
     patcher.set_attachments(ATTACHMENT, {"role": role, "patch_dtype": patch_dtype, "patch_on_device": patch_on_device})
+    if role == DIFFUSION:
+        record_forwards(patcher, workspace)
     patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_CLONE, ATTACHMENT, _adopt_clone)
     return _adopt_clone(None, patcher)
 
@@ -216,6 +230,63 @@ def unpatched_slots(model: torch.nn.Module) -> dict[PackedWeight, object]:
     }
 
 
+def streamer_of(model: torch.nn.Module) -> Streamer | None:
+    """The one that the packed layers of a model share."""
+    return next((layer.streamer for layer in packed_layers(model).values() if layer.streamer is not None), None)
+
+
+def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
+    """Have the layers that DynamicVRAM pages in take their weights from the pinned file, if there is RAM for that."""
+    paged = {layer for layer in packed_layers(model).values() if hasattr(layer, "_v") and pinned_file_of(layer)}
+    streamer = streamer_of(model)
+    if streamer is not None and streamer.device == device:
+        streamer.reset()
+    elif paged and device.type == "cuda":
+        files = list({id(file): file for file in map(pinned_file_of, paged)}.values())
+        streamer = Streamer(device, files, max(layer.weight._qdata.nbytes for layer in paged))
+    may = streamer is not None and pin_files(streamer.files, device)
+    for layer in packed_layers(model).values():
+        layer.streamer = streamer if may and layer in paged else None
+
+
+def pin_files(files: list[PinnedFile], device: torch.device) -> bool:
+    """Pin what is not pinned yet, within what the host allows itself; whether that is so."""
+    new = [file for file in files if not file.is_asked_for]
+    if not new:
+        return True
+    n_bytes, args = sum(file.nbytes for file in new), comfy.cli_args.args
+    if args.disable_pinned_memory or args.fast_disk:
+        return False
+    if not mm.ensure_pin_budget(n_bytes) or not mm.ensure_pin_registerable(n_bytes):
+        log_too_large_to_pin()
+        return False
+    mm.TOTAL_PINNED_MEMORY += n_bytes
+    for file in new:
+        file.pin(device)
+    return True
+
+
+def unpin_files(model: torch.nn.Module) -> int:
+    """Bytes that the host counts as pinned no more."""
+    streamer = streamer_of(model)
+    pinned = [file for file in streamer.files if file.is_asked_for] if streamer is not None else []
+    if pinned:
+        # A copy from the file may be under way.
+        torch.cuda.synchronize(streamer.device)
+    for file in pinned:
+        file.unpin()
+        mm.TOTAL_PINNED_MEMORY -= file.nbytes
+    return sum(file.nbytes for file in pinned)
+
+
+@cache
+def log_too_large_to_pin() -> None:
+    log.info(
+        "GGUF Native: a model's file does not fit into RAM beside what is there, so its weights go to the GPU through "
+        "ComfyUI's own buffers, which is slower."
+    )
+
+
 def all_beside(patcher) -> bool:
     """Whether all patches, those of the last load and those of this patcher, are side paths of packed weights."""
     packed = packed_layers(patcher.model)
@@ -254,6 +325,7 @@ def move_choices(model: torch.nn.Module, device: torch.device) -> None:
 
 def hand_over(patcher, device: torch.device) -> None:
     """Take the patches of packed weights from where the host put them to the layers' side paths."""
+    forget_graphs(patcher.model)
     rebuilt = []
     of_hooks = patcher.get_combined_hook_patches(patcher.current_hooks)
     move_choices(patcher.model, device)

@@ -13,6 +13,7 @@ import torch
 from ..ops.dequantize import dequantize
 from ..ops.formats import FORMATS, is_packed
 from ..ops.layout import pack
+from ..ops.pinned_file import PinnedFile
 from .errors import TruncatedFileError
 from .gguf_file import GGUFFile, TensorInfo, open_gguf
 from .original_shape import logical_shape
@@ -80,12 +81,14 @@ def _attach_file_slices(file: GGUFFile, sd: dict[str, torch.Tensor]) -> None:
     if not comfy.memory_management.aimdo_enabled:
         return
     lock = threading.Lock()
-    handles = {}
+    handles, pinned = {}, {}
     for name, info in file.tensors.items():
         if info.path not in handles:
             handles[info.path] = open(info.path, "rb", buffering=0)  # noqa: SIM115 (closed with the last tensor)
+            pinned[info.path] = PinnedFile(file.mapping(name), handles[info.path])
         tensor = getattr(sd[name], "_qdata", sd[name])
         if tensor.nbytes == info.nbytes:
+            tensor.untyped_storage()._gguf_native_file = pinned[info.path]
             tensor.untyped_storage()._comfy_tensor_file_slice = comfy.memory_management.TensorFileSlice(
                 handles[info.path], lock, info.offset, info.nbytes
             )

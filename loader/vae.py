@@ -1,13 +1,17 @@
 """From a GGUF file to a ComfyUI VAE, its matrices and convolutions still packed."""
 
 import logging
-from functools import cache
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import comfy.diffusers_convert
+import comfy.ldm.modules.diffusionmodules.model as kl
 import comfy.model_management
 import comfy.ops
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -18,6 +22,7 @@ from .errors import IncompleteModelError, UnknownModelError, WrongShapeError
 from .model_patcher import adopt
 from .residency import VAE
 from .state_dict import read_state_dict
+from .vae_strips import Host, StripDecoder, n_convolutions
 
 log = logging.getLogger("gguf_native")
 
@@ -28,8 +33,43 @@ PACKABLE = {
 }
 
 
+def _keeps_the_size(conv: torch.nn.Conv2d) -> bool:
+    padding = {(1, 1): (0, 0), (3, 3): (1, 1)}.get(conv.kernel_size)
+    expected = ((1, 1), (1, 1), 1, padding, "zeros")
+    return (conv.stride, conv.dilation, conv.groups, conv.padding, conv.padding_mode) == expected
+
+
+# What StripDecoder knows: each kind of module in a decoder (subclasses are others), and whether one is as it expects.
+KNOWN = {
+    kl.Decoder: lambda decoder: True,
+    kl.ResnetBlock: lambda block: True,
+    kl.AttnBlock: lambda block: True,
+    kl.Upsample: lambda upsample: upsample.with_conv and upsample.scale_factor == 2,
+    comfy.ops.disable_weight_init.GroupNorm: lambda norm: norm.affine,
+    comfy.ops.disable_weight_init.Conv2d: _keeps_the_size,
+    GGUFOps.Conv2d: _keeps_the_size,
+    torch.nn.Module: lambda level: True,
+    torch.nn.ModuleList: lambda levels: True,
+    torch.nn.SiLU: lambda swish: True,
+    torch.nn.Dropout: lambda dropout: not dropout.training,
+}
+
+
+def _is_known_part(module: torch.nn.Module) -> bool:
+    # Packs for seamless pictures replace what a convolution does.
+    replaced = {"forward", "_conv_forward"} & vars(module).keys()
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    is_as_expected = KNOWN.get(type(module))
+    return not replaced and not hooked and is_as_expected is not None and is_as_expected(module)
+
+
+def can_go_in_strips(decoder: torch.nn.Module | None) -> bool:
+    """Whether StripDecoder gives what the decoder gives."""
+    return isinstance(decoder, kl.Decoder) and all(_is_known_part(module) for module in decoder.modules())
+
+
 class GGUFVAE(comfy.sd.VAE):
-    """The host's VAE with packed layers. With `vae_slicing` it decodes one latent at a time, a big one in tiles."""
+    """The host's VAE with packed layers. With `vae_slicing` it decodes one latent at a time, a big one in pieces."""
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """The state dict that CheckpointSave writes: dense, so that any loader reads it."""
@@ -52,10 +92,46 @@ class GGUFVAE(comfy.sd.VAE):
         comfy.model_management.load_models_gpu(
             [self.patcher], memory_required=needed, force_full_load=self.disable_offload
         )
-        if latent.ndim == 4 and needed > self.patcher.get_free_memory(self.device):
-            log.info("GGUF Native: %.1f GB do not fit for one picture: decoding it in tiles.", needed / 2**30)
+        if latent.ndim != 4 or needed <= self.patcher.get_free_memory(self.device):
+            return super().decode(latent, options)
+        decoder = getattr(self.first_stage_model, "decoder", None)
+        gigabytes = needed / 2**30
+        if not can_go_in_strips(decoder):
+            log.info("GGUF Native: %.1f GB do not fit for one picture: decoding it in tiles.", gigabytes)
             return self.decode_tiled(latent)
-        return super().decode(latent, options)
+        log.info("GGUF Native: %.1f GB do not fit for one picture: decoding it in strips of rows.", gigabytes)
+        with ExitStack() as until_decoded:
+            decoder.forward = partial(self._decoder_in_strips, decoder)
+            until_decoded.callback(delattr, decoder, "forward")
+            return super().decode(latent, options)
+
+    def _decoder_in_strips(self, decoder: kl.Decoder, latent: torch.Tensor) -> torch.Tensor:
+        progress = comfy.utils.ProgressBar(n_convolutions(decoder))
+        host = Host(
+            borrow=borrowed,
+            attention=comfy.ops.scaled_dot_product_attention,
+            free_bytes=partial(self.patcher.get_free_memory, self.device),
+            pin=comfy.model_management.pin_memory,
+            unpin=comfy.model_management.unpin_memory,
+            between=comfy.model_management.throw_exception_if_processing_interrupted,
+            advance=partial(progress.update, 1),
+        )
+        return StripDecoder(decoder, host, latent).decode()
+
+
+@contextmanager
+def borrowed(layer: torch.nn.Module, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Weight and bias of a layer on x's device and in its dtype, decoded; given back afterwards, also on Cancel."""
+    if isinstance(layer, PackedWeight):
+        borrow, give_back = partial(layer.borrow_dense, x, x.dtype), layer.give_back
+    else:
+        borrow = partial(comfy.ops.cast_bias_weight, layer, x, offloadable=True)
+        give_back = partial(comfy.ops.uncast_bias_weight, layer)
+    weight, bias, token = borrow()
+    try:
+        yield weight, bias
+    finally:
+        give_back(weight, bias, token)
 
 
 def load_vae(path: str) -> GGUFVAE:

@@ -2,10 +2,12 @@
 
 import logging
 
+import comfy.model_management
 from comfy_api.latest import ComfyExtension, io
 
 import nodes as host_nodes
 
+from ..ops.dequantize import prepare_kernels
 from . import folders
 from .apply_lora import LoraLoaderGGUF
 from .collect_importance import GGUFCollectImportance
@@ -35,6 +37,7 @@ NODES: list[type[io.ComfyNode]] = [
 class GGUFExtension(ComfyExtension):
     async def on_load(self) -> None:
         folders.register()
+        prepare_kernels(comfy.model_management.get_torch_device())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """NODES, less those whose id another pack registered before."""

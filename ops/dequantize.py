@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -80,6 +81,12 @@ def why_not_on(device: torch.device) -> str | None:
     except Exception as error:
         return f"Triton does not work on {torch.cuda.get_device_name(device)} ({error})"
     return None
+
+
+def prepare_kernels(device: torch.device) -> None:
+    """Have Triton ready before the first weight wants it: importing it and hashing its files take half a second."""
+    if device.type == "cuda":
+        threading.Thread(target=has_kernel, args=(FORMATS["Q8_0"], device), daemon=True).start()
 
 
 def dequantize_rows(

@@ -9,6 +9,7 @@ from .compute import EXACT, METHODS, Chosen, choose, log_exact, prepare
 from .layout import is_packed, relabel, reshape_packed
 from .lora import SidePath
 from .matmul import MAX_FEW_ROWS, Workspace, decode_weight, few_rows_limit, gather_rows, linear, linear_few_rows
+from .streaming import Sent, Streamer
 
 HOST = comfy.ops.manual_cast
 
@@ -25,6 +26,8 @@ class PackedWeight:
 
     side_path: SidePath | None = None
     workspace: Workspace | None = None
+    # What brings the weight from its file under DynamicVRAM; None where that is left to the host.
+    streamer: Streamer | None = None
     # A dtype that decoded weights are rounded to before the compute dtype; None for straight to the compute dtype.
     decode_dtype: torch.dtype | None = None
     # Parameters that the state dict lacked.
@@ -82,9 +85,10 @@ class PackedWeight:
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
     def borrow(self, x: torch.Tensor):
-        """(weight, bias, token) on x's device, the weight still packed; give the token to `uncast_bias_weight`."""
+        """(weight, bias, token) on x's device, the weight still packed; give all three to `give_back`."""
         if not self.weight_function and not self.bias_function:
-            here = self._borrow_resident(x) or self._borrow_here(x)
+            is_sent = self.streamer is not None and self in self.streamer.sent
+            here = (None if is_sent else self._borrow_resident(x) or self._borrow_here(x)) or self._borrow_streamed(x)
             if here is not None:
                 weight, bias, token = here
                 return weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype), token
@@ -125,6 +129,23 @@ class PackedWeight:
             vbar_unpin(self._v)
         return None
 
+    def _borrow_streamed(self, x: torch.Tensor):
+        """As `borrow` where the model's streamer brings the weight, else None."""
+        if self.streamer is None or not x.is_cuda or torch.compiler.is_compiling():
+            return None
+        # A patched bias is the host's affair.
+        if getattr(self, "bias_lowvram_function", None) is not None:
+            return None
+        sent = self.streamer.borrow(self)
+        return None if sent is None else (sent.weight, sent.bias, sent)
+
+    def give_back(self, weight: torch.Tensor, bias: torch.Tensor | None, token) -> None:
+        """After the last use of what `borrow` gave."""
+        if isinstance(token, Sent):
+            self.streamer.give_back(token)
+        else:
+            comfy.ops.uncast_bias_weight(self, weight, bias, token)
+
     def borrow_dense(self, x: torch.Tensor, dtype: torch.dtype):
         """As `borrow`, but the weight decoded to `dtype`, and patched unless the patches are low-rank factors."""
         weight, bias, token = self.borrow(x)
@@ -156,7 +177,7 @@ class PackedConv(PackedWeight):
             return super().forward_comfy_cast_weights(input, *args, **kwargs)
         weight, bias, token = self.borrow_dense(input, input.dtype)
         out = self._conv_forward(input, weight, bias, *args, **kwargs)
-        comfy.ops.uncast_bias_weight(self, weight, bias, token)
+        self.give_back(weight, bias, token)
         return out
 
 
@@ -231,7 +252,7 @@ class GGUFOps(HOST):
             else:
                 weight, bias, token = self.borrow(input)
                 out = self._multiply(input, weight, bias)
-            comfy.ops.uncast_bias_weight(self, weight, bias, token)
+            self.give_back(weight, bias, token)
             if side_path is not None and side_path.low_rank is not None:
                 out = side_path.low_rank.add_to(out, input)
             return out
@@ -279,7 +300,7 @@ class GGUFOps(HOST):
                 out = F.embedding(input, weight)
                 if self.side_path.low_rank is not None:
                     out += self.side_path.low_rank.rows(input).to(dtype)
-            comfy.ops.uncast_bias_weight(self, weight, bias, token)
+            self.give_back(weight, bias, token)
             return out
 
     class LayerNorm(PackedWeight, HOST.LayerNorm):

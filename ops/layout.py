@@ -86,6 +86,11 @@ def relabel(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     return QuantizedTensor(weight._qdata, LAYOUT, replace(weight._params, orig_dtype=dtype))
 
 
+def on_other_memory(weight: QuantizedTensor, blocks: torch.Tensor) -> QuantizedTensor:
+    """The same weight over other blocks of the same shape."""
+    return QuantizedTensor(blocks, LAYOUT, weight._params)
+
+
 def decoded(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """Values of a packed weight: `dtype`, its logical shape, on its device."""
     return relabel(weight, dtype).dequantize()

@@ -1,6 +1,7 @@
 """Matrix products with a packed weight: exact, in float8, in int8; and its decoding, whole or by rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -84,6 +85,16 @@ class Workspace:
                 self.buffers.pop(key, None)
                 self.buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=device)
             return self.buffers[key][:nbytes].view(dtype).view(shape)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within it, memory is taken anew and forgotten at the end: a CUDA graph keeps the memory that it works in."""
+        kept = self.buffers, self.done
+        self.buffers, self.done = {}, {}
+        try:
+            yield
+        finally:
+            self.buffers, self.done = kept
 
     def release(self) -> None:
         """Give the memory back; the next use takes new."""

@@ -41,6 +41,9 @@ OPS_ORDER = (
     "matmul",
     "compute",
     "lora",
+    "pinned_file",
+    "streaming",
+    "graph",
     "layers",
 )
 
@@ -48,11 +51,13 @@ HOST = {"comfy", "comfy_aimdo", "comfy_api", "folder_paths", "nodes"}
 MEETS_HOST = {
     "ops.layers",
     "ops.lora",
+    "ops.streaming",
     "loader.diffusion_model",
     "loader.text_encoder",
     "loader.vae",
     "loader.lora",
     "loader.lora_files",
+    "loader.graphs",
     "loader.model_patcher",
     "loader.residency",
     "loader.state_dict",

@@ -28,6 +28,7 @@ MANY_LORAS = "2 LoRAs on one model, more than max_loras, which"
 LORA_FILES = re.compile(r"GGUF Native: LoRA (\w+)\.safetensors (stays in|leaves) memory")
 KEPT = re.compile(r"GGUF Native: quant_cache_size: (\d+) of (\d+) decoded weights are kept while sampling, ([\d.]+) MB")
 DECODING = "GGUF Native: decoding 2 latent(s) one at a time (vae_slicing)."
+STRIPS = "do not fit for one picture: decoding it in strips of rows."
 # Loaded models as the log names them.
 TEXT, FLUX = ("FluxClipModel_", "text encoder"), ("Flux", "diffusion model")
 LOADING_VAE = "Requested to load AutoencodingEngine"
@@ -45,6 +46,15 @@ NODE_CLASS_MAPPINGS = {}
 async def loaded_models(request):
     loaded = [loaded.model for loaded in comfy.model_management.current_loaded_models]
     return web.json_response([patcher.model.__class__.__name__ for patcher in loaded if patcher is not None])
+"""
+# A node of the tests alone, by which the host finds little memory free, as on a small card.
+LITTLE_MEMORY = """
+import comfy.model_management
+
+NODE_CLASS_MAPPINGS = {}
+comfy.model_management.get_free_memory = lambda dev=None, torch_free_too=False: (
+    (2**26, 2**26) if torch_free_too else 2**26
+)
 """
 VAE = "AutoencodingEngine"
 MANY_STEPS = 8
@@ -227,6 +237,33 @@ def test_sequential_processing_and_vae_slicing(comfyui, samples, tmp_path, plain
         assert after.index("unloading FluxClipModel_") < after.index("loaded completely")
         assert held_while_sampling(server, flux(samples, "a dog")) == [[VAE, FLUX[0]]]
         assert unloaded(server.log()) == [text_leaves, (*FLUX, "before the text encoder loads"), text_leaves]
+
+
+def peak(server: Server, graph: Graph) -> int:
+    """The most bytes that the server had in RAM within a run, beyond what it had before."""
+    process = Path(f"/proc/{server.pid}")
+    (process / "clear_refs").write_text("5")
+    before = psutil.Process(server.pid).memory_info().rss
+    server.run(graph)
+    return int(re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())[1]) * 1024 - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets the peak of a process")
+def test_vae_slicing_of_a_picture_that_does_not_fit(comfyui, samples, tmp_path, plain):
+    """The picture by the first run, the peak by a second one that samples nothing."""
+    large = flux(samples)
+    large["latent"]["inputs"] |= {"width": 512, "height": 512, "batch_size": 1}
+    large["sampler"]["inputs"]["steps"] = 1
+    again = large | {"image": node("VAEDecode", samples=["latent", 0], vae=["vae", 0])}
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / "little_memory.py").write_text(LITTLE_MEMORY)
+    expected = pictures(plain, large)
+    with server_with(comfyui, samples, tmp_path, vae_slicing="on") as server:
+        assert difference(pictures(server, large), expected) <= BY_SLICING
+        peaks = peak(server, again), peak(plain, again)
+        assert server.log().count(STRIPS) == 2
+    assert STRIPS not in plain.log()
+    assert peaks[0] < 0.7 * peaks[1]
 
 
 def with_loras(graph: Graph, *names: str) -> Graph:

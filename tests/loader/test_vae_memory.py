@@ -1,4 +1,4 @@
-"""What decoding takes and how true it stays: a batch one picture at a time, a picture larger than a tile in tiles."""
+"""What decoding takes and how true it stays: a batch one picture at a time, a large picture in strips or in tiles."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,7 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 
 from gguf_native.config import settings
 from gguf_native.loader.vae import load_vae
+from gguf_native.loader.vae_strips import STRIP_PART
 from sampling import normal
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,6 +62,22 @@ def test_slices_take_the_memory_of_one_picture(samples, sliced):
     assert together > 3 * alone
     # Twice the pictures: each by itself, and then all in one tensor.
     assert peak(lambda: vae.decode(four)) <= alone + 2 * pictures
+
+
+def test_strips_take_the_memory_of_three_activations(samples, sliced):
+    """The largest ones, and a part of what is free. Plainly attention alone takes 4096 x 4096 weights, twice."""
+    vae = load_vae(str(samples.gguf("tiny_flux_vae", "Q8_0")))
+    size, free = 64, 2**26
+    latent = normal(1, 16, size, size, seed=1)
+    pictures = []
+    plain = peak(lambda: pictures.append(vae.decode(latent)))
+    vae.memory_used_decode = lambda shape, dtype: 1e15
+    vae.patcher.get_free_memory = lambda device: free
+    in_strips = peak(lambda: pictures.append(vae.decode(latent)))
+    assert (pictures[0] - pictures[1]).abs().max() < 1e-5
+    largest = 32 * (size * PIXELS) ** 2 * 4
+    assert in_strips < 3 * largest + free / STRIP_PART
+    assert in_strips < plain / 2
 
 
 def test_reach_of_the_small_decoder(samples):

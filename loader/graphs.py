@@ -1,0 +1,125 @@
+"""When the forward of a diffusion model may be recorded as a CUDA graph: what of that only the host knows."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import comfy.cli_args
+import comfy.model_management as mm
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_aimdo.model_vbar import vbar_fault, vbar_signature_compare, vbar_unpin
+
+from ..config import settings
+from ..ops.graph import ForwardGraphs
+from ..ops.layers import PackedWeight
+from ..ops.layout import is_packed
+from ..ops.matmul import Workspace
+from .residency import ATTACHMENT
+
+# Of `transformer_options`, what changes from call to call and no model reads.
+UNREAD = ("wrappers", "callbacks", "uuids")
+
+
+def record_forwards(patcher, workspace: Workspace) -> None:
+    """Have a patcher's diffusion model, and those of its clones, replay their forwards where that is faster."""
+    model, device = patcher.model, patcher.load_device
+    if not settings().enable_cuda_graph or device.type != "cuda" or torch.version.hip is not None:
+        return
+    modules = list(model.modules())
+    model.diffusion_model.gguf_native_graphs = ForwardGraphs(
+        workspace,
+        lambda x, options: why_not(model, device, x, options),
+        lambda: held_weights(modules, device, getattr(model, "dynamic_vbars", {}).get(device)),
+    )
+    patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ATTACHMENT, replaying)
+
+
+def replaying(executor, *args, **kwargs):
+    """The host's wrapper around a forward."""
+    graphs = None if torch.compiler.is_compiling() else graphs_of(executor.class_obj)
+    options = next((value for value in (*args, *kwargs.values()) if is_options(value)), None)
+    if graphs is None or options is None or torch.is_grad_enabled():
+        return executor(*args, **kwargs)
+    unread = {key: options[key] for key in UNREAD if key in options}
+    read = {key: value for key, value in options.items() if key not in UNREAD}
+    args = [read if value is options else value for value in args]
+    kwargs = {key: read if value is options else value for key, value in kwargs.items()}
+
+    def run(*args, **kwargs):
+        for value in (*args, *kwargs.values()):
+            if is_options(value):
+                value.update(unread)
+        return executor(*args, **kwargs)
+
+    return graphs.forward(run, args, kwargs, options)
+
+
+def graphs_of(diffusion_model: torch.nn.Module) -> ForwardGraphs | None:
+    return getattr(diffusion_model, "gguf_native_graphs", None)
+
+
+def forget_graphs(model: torch.nn.Module) -> None:
+    """Because a weight or what is computed beside it moves or changes."""
+    graphs = graphs_of(getattr(model, "diffusion_model", None))
+    if graphs is not None:
+        graphs.reset()
+
+
+def is_options(value: object) -> bool:
+    return isinstance(value, dict) and "cond_or_uncond" in value
+
+
+def why_not(model: torch.nn.Module, device: torch.device, x: torch.Tensor, options: dict) -> str | None:
+    """Why the forward may not be recorded now, or None."""
+    patcher, modules = model.current_patcher, list(model.modules())
+    others = options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {}).keys() - {ATTACHMENT}
+    free, held_by_torch = mm.get_free_memory(device, torch_free_too=True)
+    missing = int(model.memory_required(list(x.shape)) + mm.minimum_inference_memory() - (free - held_by_torch))
+    if not getattr(comfy.cli_args.args, "disable_comfy_compiler", True):
+        return "ComfyUI records graphs itself"
+    if others:
+        return f"another node works around each forward ({', '.join(map(str, others))})"
+    if patcher is not None and (patcher.hook_patches or patcher.forced_hooks):
+        return "hooks change weights while the model samples"
+    if any(layer.side_path is not None and layer.side_path.rewrite is not None for layer in packed(modules)):
+        return "adapters without a low-rank form rebuild weights at every use"
+    if not all(map(is_resident, paged(modules))):
+        return "weights stream"
+    if missing > 0:
+        return f"{missing >> 20} MB more would have to be free"
+    return None
+
+
+@contextmanager
+def held_weights(modules: list[torch.nn.Module], device: torch.device, vbar) -> Iterator[object | None]:
+    """See `ForwardGraphs`. DynamicVRAM gives pages back and tells by their signature; the legacy patcher tells us."""
+    if vbar is None:
+        yield all(layer.weight._qdata.device == device for layer in packed(modules)) or None
+        return
+    # To ask for all pages would bring in what does not fit.
+    streams = any(layer._v_signature is None for layer in paged(modules))
+    everything = vbar, vbar.base_addr, vbar.offset
+    signature = None if streams else vbar_fault(everything)
+    if signature is None:
+        yield None
+        return
+    try:
+        yield bytes(signature)
+    finally:
+        vbar_unpin(everything)
+
+
+def packed(modules: list[torch.nn.Module]) -> list[PackedWeight]:
+    return [layer for layer in modules if isinstance(layer, PackedWeight) and is_packed(layer.weight)]
+
+
+def paged(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Those whose weights DynamicVRAM pages in. Looking into a module is cheaper than asking it for what it lacks."""
+    return [module for module in modules if "_v" in module.__dict__]
+
+
+def is_resident(layer: torch.nn.Module) -> bool:
+    """Whether the memory of a layer whose pages are held is the one that its weight was sent to."""
+    signature = vbar_fault(layer._v)
+    vbar_unpin(layer._v)
+    return vbar_signature_compare(signature, layer._v_signature)

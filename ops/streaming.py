@@ -1,0 +1,223 @@
+"""Packed weights that a model reads from its pinned file as its layers need them, sent some layers ahead of their use.
+
+For DynamicVRAM, which says for each weight whether there is GPU memory that it may keep. What may be kept is sent once.
+What may not goes through a ring of memory in the order of the last forward: while the GPU computes, the bytes of later
+layers cross the bus, so that small layers with large weights (the modulation of Flux) do not wait for theirs.
+"""
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from comfy_aimdo.model_vbar import vbar_fault, vbar_signature_compare, vbar_unpin
+from comfy_aimdo.torch import aimdo_to_tensor
+
+from .layout import on_other_memory
+from .pinned_file import PinnedFile
+
+log = logging.getLogger("gguf_native")
+
+# Bytes of weights sent before they are needed: the streamed weights of one double block of Flux, of which half is
+# modulation, cross the bus while the block before computes.
+LOOK_AHEAD = 192 << 20
+# What the host aligns weights to in its own memory.
+ALIGNMENT = 1024
+
+
+@dataclass(eq=False)
+class Place:
+    """Bytes `start` to `end` of a ring; `done` happens when the GPU has used them, None while they are in use."""
+
+    start: int
+    end: int
+    done: torch.cuda.Event | None = None
+
+
+class Ring:
+    """Places in a buffer of `nbytes`, taken in a circle and given back in the order in which they were taken."""
+
+    def __init__(self, nbytes: int):
+        self.nbytes, self.head = nbytes, 0
+        self.taken: deque[Place] = deque()
+
+    def take(self, nbytes: int) -> tuple[Place, list] | None:
+        """A place and the events to wait for before it is written; None while those who have it are not done."""
+        start = self.head if self.head + nbytes <= self.nbytes else 0
+        new = Place(start, start + -(-nbytes // ALIGNMENT) * ALIGNMENT)
+        overlapping = [i for i, old in enumerate(self.taken) if old.start < new.end and new.start < old.end]
+        n_before = overlapping[-1] + 1 if overlapping else 0
+        before = [self.taken[i].done for i in range(n_before)]
+        if nbytes > self.nbytes or None in before:
+            return None
+        for _ in range(n_before):
+            self.taken.popleft()
+        self.taken.append(new)
+        self.head = new.end
+        return new, before
+
+
+@dataclass(eq=False)
+class Sent:
+    """A weight on its way to the GPU or there: packed `weight`, `bias` or None, and the event of its arrival."""
+
+    layer: torch.nn.Module
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    ready: torch.cuda.Event | None
+    place: Place | None  # None for memory that the layer keeps
+
+
+class Streamer:
+    """Sends the weights of one model from pinned files to one GPU."""
+
+    def __init__(self, device: torch.device, files: list[PinnedFile], largest: int):
+        """files: those that the weights lie in. largest: bytes of the largest weight."""
+        self.device, self.files = device, files
+        self.ring_bytes = max(LOOK_AHEAD, 2 * largest)
+        self.stream = torch.cuda.Stream(device)
+        self.buffer: torch.Tensor | None = None
+        self.biases: dict[torch.nn.Module, torch.Tensor] = {}
+        # Layer -> the streamed layer that the last forward used next.
+        self.after: dict[torch.nn.Module, torch.nn.Module] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.ring = Ring(self.ring_bytes)
+        self.sent: dict[torch.nn.Module, Sent] = {}
+        self.last: torch.nn.Module | None = None
+        self.works: bool | None = None  # not known before the files are pinned or refused
+
+    def reset(self) -> None:
+        """Give back what was sent and not used, and the ring: after sampling, and before it where one was cancelled."""
+        self._drop_sent()
+        if self.buffer is not None:
+            # Its memory may serve others at once.
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.buffer = None
+        self.biases.clear()
+        self._begin()
+
+    def borrow(self, layer: torch.nn.Module) -> Sent | None:
+        """A layer's weight, for the current stream's use; None if it cannot come this way. Give it back after use."""
+        if self.works is None:
+            self.works = all(file.is_pinned() for file in self.files)
+            if not self.works:
+                log_unpinned()
+        if not self.works:
+            return None
+        sent = self.sent.pop(layer, None) or self._send(layer)
+        if sent is None:
+            # What was sent ahead fills the ring: the forward took another path than the last one.
+            self._drop_sent()
+            sent = self._send(layer)
+        if sent is None:
+            return None
+        if sent.ready is not None:
+            torch.cuda.current_stream(self.device).wait_event(sent.ready)
+        if self.last not in (None, layer):
+            self.after[self.last] = layer
+        self.last = layer
+        self._send_ahead(layer)
+        return sent
+
+    def give_back(self, sent: Sent) -> None:
+        if sent.place is None:
+            vbar_unpin(sent.layer._v)
+        else:
+            sent.place.done = torch.cuda.current_stream(self.device).record_event()
+
+    def _send_ahead(self, layer: torch.nn.Module) -> None:
+        n_bytes = sum(sent.weight._qdata.nbytes for sent in self.sent.values())
+        tip = next(reversed(self.sent), layer)
+        while n_bytes < LOOK_AHEAD:
+            following = self.after.get(tip)
+            if following is None or following is layer or following in self.sent:
+                return
+            sent = self._send(following)
+            if sent is None:
+                return
+            if sent.ready is None:
+                # It is kept by now, and is borrowed without us.
+                vbar_unpin(following._v)
+                self.after[tip] = self.after.pop(following, None)
+                continue
+            self.sent[following] = sent
+            n_bytes += sent.weight._qdata.nbytes
+            tip = following
+
+    def _send(self, layer: torch.nn.Module) -> Sent | None:
+        signature = vbar_fault(layer._v)
+        if vbar_signature_compare(signature, layer._v_signature):
+            return Sent(layer, layer._v_weight, layer._v_bias, None, None)
+        return self._send_into_ring(layer) if signature is None else self._send_to_stay(layer, signature)
+
+    def _send_to_stay(self, layer: torch.nn.Module, signature: object) -> Sent:
+        """Into the layer's own memory, laid out as the host does it."""
+        memory = aimdo_to_tensor(layer._v, self.device)
+        source = layer.weight._qdata
+        weight = on_other_memory(layer.weight, memory[: source.nbytes].view(source.shape))
+        bias = None
+        if layer.bias is not None:
+            dtype, start = layer.bias._model_dtype, -(-source.nbytes // ALIGNMENT) * ALIGNMENT
+            bias = memory[start : start + layer.bias.numel() * dtype.itemsize].view(dtype).view(layer.bias.shape)
+        # Whatever held this memory before may still be in use.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            # A small copy of pageable memory waits for what is before it on its stream, so it comes first.
+            if bias is not None:
+                bias.copy_(layer.bias, non_blocking=True)
+            weight._qdata.copy_(source, non_blocking=True)
+        layer._v_weight, layer._v_bias, layer._v_signature = weight, bias, signature
+        return Sent(layer, weight, bias, self.stream.record_event(), None)
+
+    def _send_into_ring(self, layer: torch.nn.Module) -> Sent | None:
+        source = layer.weight._qdata
+        found = self.ring.take(source.nbytes)
+        if found is None:
+            return None
+        place, before = found
+        layer._v_signature = None
+        if self.buffer is None:
+            # Not an inference tensor: the model may also run outside inference mode.
+            with torch.inference_mode(False):
+                self.buffer = torch.empty(self.ring_bytes, dtype=torch.uint8, device=self.device)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        for done in before:
+            self.stream.wait_event(done)
+        blocks = self.buffer[place.start : place.start + source.nbytes].view(source.shape)
+        with torch.cuda.stream(self.stream):
+            blocks.copy_(source, non_blocking=True)
+        ready = self.stream.record_event()
+        return Sent(layer, on_other_memory(layer.weight, blocks), self._bias(layer), ready, place)
+
+    def _bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        """Biases are small: they stay."""
+        if layer.bias is None:
+            return None
+        if layer not in self.biases:
+            self.biases[layer] = layer.bias.to(self.device, layer.bias._model_dtype)
+        return self.biases[layer]
+
+    def _drop_sent(self) -> None:
+        for sent in self.sent.values():
+            if sent.place is None:
+                vbar_unpin(sent.layer._v)
+            else:
+                # Nothing reads it, but its copy may be under way: the next one is behind it on the same stream.
+                sent.place.done = sent.ready
+        self.sent.clear()
+
+
+def pinned_file_of(layer: torch.nn.Module) -> PinnedFile | None:
+    """The file that a packed weight lies in, as the loader noted it at the weight's storage."""
+    return getattr(layer.weight._qdata.untyped_storage(), "_gguf_native_file", None)
+
+
+@cache
+def log_unpinned() -> None:
+    log.info(
+        "GGUF Native: this system does not let the GPU read a file's pages where they are, so weights go to the GPU "
+        "through ComfyUI's own buffers, which is slower."
+    )
