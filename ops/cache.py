@@ -66,13 +66,19 @@ class Request(NamedTuple):
         return (LAUNCH_BYTES + moved / PACE[self.type]) / self.nbytes()
 
 
+# What no addition is.
+NOTHING = object()
+
+
 @dataclass
 class Kept:
-    """Decoded values [shape], once `filled`; `blocks` stay alive so that no other tensor can be taken for them."""
+    """Decoded values [shape], once `filled_with` says which addition they have, None being one; `blocks` stay alive so
+    that no other tensor can be taken for them.
+    """
 
     blocks: torch.Tensor
     values: torch.Tensor
-    filled: bool = False
+    filled_with: object = NOTHING
 
 
 class DecodedCache:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .dequantize import decode_into, has_kernel
-from .formats import BlockFormat
+from .formats import FORMATS, BlockFormat
 from .kernels import WHY_NONE
 
 if WHY_NONE is None:
@@ -23,6 +23,10 @@ class RowScales(NamedTuple):
 
     factors: torch.Tensor  # float32 [n_rows]
     scales: torch.Tensor  # float32 [n_rows]
+
+    def decode_into(self, blocks: torch.Tensor, type: str, out: torch.Tensor) -> Callable[[], None] | None:
+        """As `dequantize.decode_into`, of the 8-bit numbers."""
+        return decode_scaled_into(FORMATS[type], blocks, self.factors, out)
 
 
 def row_scales(block_format: type[BlockFormat], blocks: torch.Tensor, dtype: torch.dtype) -> RowScales | None:

@@ -8,6 +8,7 @@ from comfy_aimdo.model_vbar import vbar_fault, vbar_signature_compare, vbar_unpi
 from .compute import EXACT, METHODS, Chosen, choose, log_exact, prepare
 from .layout import is_packed, relabel, reshape_packed
 from .lora import SidePath
+from .low_rank import LowRank
 from .matmul import MAX_FEW_ROWS, Workspace, decode_weight, few_rows_limit, gather_rows, linear, linear_few_rows
 from .streaming import Sent, Streamer
 
@@ -169,6 +170,10 @@ def _as_shape(tensor: torch.Tensor, shape: tuple[int, ...], key: str) -> torch.T
     return reshape_packed(tensor, shape) if is_packed(tensor) else tensor.reshape(shape)
 
 
+def _plus(low_rank: LowRank | None, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return y if low_rank is None else low_rank.add_to(y, x)
+
+
 class PackedConv(PackedWeight):
     """A convolution decodes its weight once per call."""
 
@@ -219,7 +224,23 @@ class GGUFOps(HOST):
             twin = layer_class(self.in_features, self.out_features, "bias" in self.shapes, dtype=dtype)
             self.__class__, self.__dict__ = layer_class, twin.__dict__
 
-        def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        def _multiply(
+            self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, low_rank: LowRank | None
+        ) -> torch.Tensor:
+            """x W^T + bias with the LoRAs: where W is decoded to the dtype of x, they join it."""
+            if (
+                low_rank is not None
+                and (self.compute == "exact" or self.chosen is EXACT)
+                and not torch.compiler.is_compiling()
+                and not torch.is_grad_enabled()
+                and is_packed(weight)
+                and x.numel() // x.shape[-1] > MAX_FEW_ROWS
+                and low_rank.joins(weight, x.dtype)
+            ):
+                return linear(x, weight, bias, self.workspace, low_rank)
+            return _plus(low_rank, self._product(x, weight, bias), x)
+
+        def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             if not is_packed(weight):
                 # A host or third-party weight function has had the weight decoded.
                 return F.linear(x, weight.to(x.dtype), bias)
@@ -246,15 +267,14 @@ class GGUFOps(HOST):
             if not is_packed(self._parameters["weight"]):
                 return super().forward_comfy_cast_weights(input)
             side_path = self.side_path
+            low_rank = None if side_path is None else side_path.low_rank
             if self.decode_dtype is not None or (side_path is not None and side_path.rewrite is not None):
                 weight, bias, token = self.borrow_dense(input, input.dtype)
-                out = F.linear(input, weight, bias)
+                out = _plus(low_rank, F.linear(input, weight, bias), input)
             else:
                 weight, bias, token = self.borrow(input)
-                out = self._multiply(input, weight, bias)
+                out = self._multiply(input, weight, bias, low_rank)
             self.give_back(weight, bias, token)
-            if side_path is not None and side_path.low_rank is not None:
-                out = side_path.low_rank.add_to(out, input)
             return out
 
     class Conv1d(PackedConv, HOST.Conv1d):

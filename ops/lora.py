@@ -1,9 +1,8 @@
-"""LoRA beside a packed weight: y = x Wq^T + (x A^T) B^T, so that blocks are never merged or quantised again."""
+"""LoRA beside a packed weight: y = x (Wq + B A)^T, where the blocks of Wq are never merged or quantised again."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import comfy.lora
 import comfy.model_management
@@ -11,25 +10,7 @@ import torch
 import torch.nn.functional as F
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-
-class LowRank(NamedTuple):
-    """All LoRAs of one weight as one pair of factors; strengths and alphas are inside `up`."""
-
-    down: torch.Tensor  # [total rank, in]
-    up: torch.Tensor  # [out, total rank]
-
-    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """y [..., out], contiguous, += the LoRAs' answer to x [..., in], computed in the factors' dtype."""
-        h = F.linear(x.to(self.down.dtype), self.down)
-        if y.dtype != self.up.dtype:
-            return y.add_(F.linear(h, self.up))
-        # One matrix product that adds to y, instead of a second pass over it.
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), self.up.t())
-        return y
-
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """What the LoRAs add to the rows `index` (any shape) of an embedding: [*index.shape, in]."""
-        return F.embedding(index, self.up) @ self.down
+from .low_rank import LowRank
 
 
 @dataclass(frozen=True)

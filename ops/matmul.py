@@ -12,15 +12,16 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 
 from .cache import DecodedCache
 from .dequantize import decode_into, dequantize, dequantize_rows, has_kernel
-from .eight_bits import RowScales, decode_scaled_into, quantize_rows_into
-from .formats import FORMAT_BY_NUMBER, FORMATS, BlockFormat
+from .eight_bits import RowScales, quantize_rows_into
+from .formats import FORMAT_BY_NUMBER, FORMATS
 from .kernels import WHY_NONE
+from .low_rank import LowRank
 
 if WHY_NONE is None:
     from .kernels import few_rows
 
 
-# Inputs lie at ever new addresses where no sampling ends; a model's layers need far fewer.
+# Inputs and streamed weights lie at ever new addresses; a model's layers need far fewer.
 MOST_DONE = 10_000
 
 
@@ -41,25 +42,30 @@ class Workspace:
         type: str,
         shape: tuple[int, ...],
         dtype: torch.dtype,
-        factors: torch.Tensor | None = None,
+        change: RowScales | LowRank | None = None,
     ) -> torch.Tensor:
-        """Values of packed blocks, times a factor for each row if given: `dtype` of `shape`, valid until the next."""
+        """Values of packed blocks, changed if asked for: `dtype` of `shape`, valid until the next."""
         kept = None if self.cache is None else self.cache.find(blocks, type, shape, dtype)
         if kept is not None:
-            if not kept.filled:
-                decode(FORMATS[type], blocks, factors, kept.values)
-                kept.filled = True
+            if kept.filled_with is not change:
+                decode(blocks, type, change, kept.values)
+                kept.filled_with = change
             return kept.values
-        factors_at = None if factors is None else factors.data_ptr()
-        key = (blocks.data_ptr(), type, shape, dtype, current_device(blocks), factors_at)
+        changed_at = None if change is None else tuple(tensor.data_ptr() for tensor in change)
+        key = (blocks.data_ptr(), type, shape, dtype, current_device(blocks), changed_at)
         if (done := self.done.get(key)) is not None:
             out, again = done
             again()
             return out
         out = self._room("weight", shape, dtype, blocks.device)
-        if (again := decode(FORMATS[type], blocks, factors, out)) is not None:
-            self.done[key] = out, again
+        if (again := decode(blocks, type, change, out)) is not None:
+            self._keep(key, out, again)
         return out
+
+    def _keep(self, key: tuple, *done: object) -> None:
+        if len(self.done) >= MOST_DONE:
+            self.done.clear()
+        self.done[key] = done
 
     def quantize_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [n_rows, n_columns] -> float8_e4m3fn of its shape, float32 scales [n_rows, 1], valid until the next."""
@@ -70,10 +76,8 @@ class Workspace:
             return out, scales
         out = self._room("inputs", x.shape, torch.float8_e4m3fn, x.device)
         scales = self._room("scales of inputs", (len(x), 1), torch.float32, x.device)
-        if len(self.done) >= MOST_DONE:
-            self.done.clear()
         if (again := quantize_rows_into(x, out, scales)) is not None:
-            self.done[key] = out, scales, again
+            self._keep(key, out, scales, again)
         return out, scales
 
     def _room(self, use: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -110,12 +114,12 @@ def current_device(tensor: torch.Tensor) -> int | None:
 
 
 def decode(
-    block_format: type[BlockFormat], blocks: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor
+    blocks: torch.Tensor, type: str, change: RowScales | LowRank | None, out: torch.Tensor
 ) -> Callable[[], None] | None:
-    """Write the values of packed blocks to `out`, times their row's factor if given; see `dequantize.decode_into`."""
-    if factors is None:
-        return decode_into(block_format, blocks, out)
-    return decode_scaled_into(block_format, blocks, factors, out)
+    """Write the values of packed blocks to `out`, changed if asked for; see `dequantize.decode_into`."""
+    if change is None:
+        return decode_into(FORMATS[type], blocks, out)
+    return change.decode_into(blocks, type, out)
 
 
 def decoded(
@@ -124,14 +128,14 @@ def decoded(
     type: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    factors: torch.Tensor | None = None,
+    change: RowScales | LowRank | None = None,
 ) -> torch.Tensor:
     """`Workspace.decode`, or memory of its own where there is no workspace or backward may want the values again."""
     if workspace is not None and not torch.is_grad_enabled():
-        return workspace.decode(blocks, type, shape, dtype, factors)
+        return workspace.decode(blocks, type, shape, dtype, change)
     # Shape and bytes were found to fit when the weight was packed.
     out = torch.empty(shape, dtype=dtype, device=blocks.device)
-    decode(FORMATS[type], blocks, factors, out)
+    decode(blocks, type, change, out)
     return out
 
 
@@ -158,12 +162,17 @@ def _(blocks, type_number, index, dtype):
     return blocks.new_empty((*index.shape, row_values), dtype=dtype)
 
 
-def decode_weight(weight: QuantizedTensor, dtype: torch.dtype, workspace: Workspace | None = None) -> torch.Tensor:
-    """Packed weight -> dense `dtype` of its logical shape, on its device; in the workspace if there is one."""
+def decode_weight(
+    weight: QuantizedTensor, dtype: torch.dtype, workspace: Workspace | None = None, low_rank: LowRank | None = None
+) -> torch.Tensor:
+    """Packed weight -> dense `dtype` of its logical shape, on its device; in the workspace if there is one.
+
+    low_rank: what is added to it, if it `joins`.
+    """
     blocks, params = weight._qdata, weight._params
     if torch.compiler.is_compiling():
         return dequantize_op(blocks, FORMATS[params.type].number, list(params.orig_shape), dtype)
-    return decoded(workspace, blocks, params.type, params.orig_shape, dtype)
+    return decoded(workspace, blocks, params.type, params.orig_shape, dtype, low_rank)
 
 
 def gather_rows(weight: QuantizedTensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -175,10 +184,14 @@ def gather_rows(weight: QuantizedTensor, index: torch.Tensor, dtype: torch.dtype
 
 
 def linear(
-    x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, workspace: Workspace | None
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None,
+    workspace: Workspace | None,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """x [..., n_columns] W^T + bias -> [..., n_rows]: W decoded to the dtype of x, then the library's product."""
-    return F.linear(x, decode_weight(weight, x.dtype, workspace), bias)
+    return F.linear(x, decode_weight(weight, x.dtype, workspace, low_rank), bias)
 
 
 # With more rows of inputs than this, no type's fused product is the fastest.
@@ -243,7 +256,7 @@ def linear_eight_bits(
 
 
 def _eight_bits(x, blocks, type: str, bias, scales: RowScales, dtype: torch.dtype, workspace: Workspace | None):
-    stored = decoded(workspace, blocks, type, (blocks.shape[0], x.shape[-1]), dtype, scales.factors)
+    stored = decoded(workspace, blocks, type, (blocks.shape[0], x.shape[-1]), dtype, scales)
     return PRODUCTS[dtype](x, stored, scales.scales, bias, workspace)
 
 

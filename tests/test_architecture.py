@@ -37,6 +37,7 @@ OPS_ORDER = (
     "encoder_process",
     "eight_bits",
     "layout",
+    "low_rank",
     "cache",
     "matmul",
     "compute",
@@ -62,7 +63,7 @@ MEETS_HOST = {
     "loader.residency",
     "loader.state_dict",
 }
-MEETS_KITCHEN = {"ops.layout", "ops.matmul", "ops.compute", "quantizer.scaled_formats"}
+MEETS_KITCHEN = {"ops.layout", "ops.low_rank", "ops.matmul", "ops.compute", "quantizer.scaled_formats"}
 SHOWS_PROGRESS = {"quantizer.quantize_command"}
 
 

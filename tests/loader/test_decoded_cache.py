@@ -32,9 +32,9 @@ def decoded(monkeypatch) -> Counter:
     """How often the blocks at each address were decoded, by format."""
     counter, decode = Counter(), matmul.decode
 
-    def counted(block_format, blocks, factors, out):
-        counter[block_format.__name__, blocks.data_ptr()] += 1
-        return decode(block_format, blocks, factors, out)
+    def counted(blocks, type, change, out):
+        counter[type, blocks.data_ptr()] += 1
+        return decode(blocks, type, change, out)
 
     monkeypatch.setattr(matmul, "decode", counted)
     return counter

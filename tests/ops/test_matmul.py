@@ -76,12 +76,12 @@ def test_dtypes_and_factors_in_turn():
     for _ in range(3):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert is_right(workspace, blocks, name, shape, dtype)
-        for dtype, (factors, scale) in scales.items():
-            stored = workspace.decode(blocks, name, shape, dtype, factors)
+        for dtype, of_rows in scales.items():
+            stored = workspace.decode(blocks, name, shape, dtype, of_rows)
             assert stored.dtype == dtype
-            assert (stored.float() * scale.unsqueeze(1) - values).norm() < 0.05 * values.norm()
-        factors, _ = scales[torch.int8]
-        weaker = workspace.decode(blocks, name, shape, torch.int8, factors / 2)
+            assert (stored.float() * of_rows.scales.unsqueeze(1) - values).norm() < 0.05 * values.norm()
+        factors, of_rows = scales[torch.int8]
+        weaker = workspace.decode(blocks, name, shape, torch.int8, RowScales(factors / 2, of_rows))
         assert weaker.abs().max() == 64
 
 
