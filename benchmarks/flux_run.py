@@ -91,6 +91,9 @@ from gguf_native.ops import dequantize  # noqa: E402
 from gguf_native.ops.dequantize import has_kernel  # noqa: E402
 from gguf_native.ops.formats import FORMATS  # noqa: E402
 
+# Tokens, their width, and that of the pooled text.
+SDXL_TEXT = 77, 2048, 1280
+
 # What the pack does while the server starts.
 has_kernel(FORMATS["Q8_0"], mm.get_torch_device())
 
@@ -129,7 +132,10 @@ def synchronize() -> None:
 
 def sample(model, resolution: int) -> tuple[torch.Tensor, float, float]:
     """The latent, seconds until the first step is done, and the median of the others."""
-    side, stamps = resolution // 8, []
+    side, stamps, unet = resolution // 8, [], model.model.diffusion_model
+    # As wide as the model wants them: 4096 and 768 in Flux.1-dev; SDXL's is not written in the model.
+    params = getattr(unet, "params", None)
+    texts, wide, pooled_wide = (512, params.context_in_dim, params.vec_in_dim) if params else SDXL_TEXT
 
     def normal(*shape: int, seed: int) -> torch.Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -138,11 +144,9 @@ def sample(model, resolution: int) -> tuple[torch.Tensor, float, float]:
         synchronize()
         stamps.append(time.perf_counter())
 
-    # As wide as the model wants them: 4096 and 768 in Flux.1-dev.
-    widths = model.model.diffusion_model.params
-    pooled = {"pooled_output": normal(1, widths.vec_in_dim, seed=3) * 0.1, "guidance": 3.5}
-    prompt = [[normal(1, 512, widths.context_in_dim, seed=2) * 0.1, pooled]]
-    noise, start = normal(1, 16, side, side, seed=1), time.perf_counter()
+    pooled = {"pooled_output": normal(1, pooled_wide, seed=3) * 0.1, "guidance": 3.5}
+    prompt = [[normal(1, texts, wide, seed=2) * 0.1, pooled]]
+    noise, start = normal(1, model.model.latent_format.latent_channels, side, side, seed=1), time.perf_counter()
     latent = comfy.sample.sample(
         model,
         noise,
@@ -196,7 +200,7 @@ def measure(model, compute: str, resolution: int) -> dict[str, object]:
 
 def error(latent: torch.Tensor, compute: str, resolution: int) -> float | None:
     """Relative to the native latent of the same resolution, LoRAs and weights; None if there is none."""
-    name = f"{os.path.basename(options.file)}-{resolution}-{options.loras}.pt"
+    name = f"{os.path.basename(options.file)}-{resolution}-{options.loras}-{options.steps}.pt"
     path = os.path.join(options.latents or "/nowhere", name)
     if compute == "native":
         natives[name] = latent

@@ -51,6 +51,12 @@ def lora(count: int, rank: int, *arguments: str) -> tuple[str, ...]:
     return "--loras", str(count), "--rank", str(rank), "--change-strength", *arguments
 
 
+def graph(state: str) -> tuple[tuple[str, str], ...]:
+    return (("ENABLE_CUDA_GRAPH", state),)
+
+
+# A graph is recorded at the second step, if there are enough to gain by it.
+MORE_STEPS = "--steps", "14"
 # Exact first; the others are what "best mode" is the best of.
 MODES = ("exact", "auto", "fp8")
 # File type -> gigabytes that it should run in, 512x512.
@@ -87,9 +93,17 @@ ROWS: dict[str, Row] = {
         )
         for megabytes in (0, 256, 1024, 4096)
     },
+    "graph native": Row("graph", 60, "graph native", computes=NATIVE, resolutions=(512, 1024), arguments=MORE_STEPS),
     **{
         f"graph {state}": Row(
-            "graph", 35, "graph off", resolutions=(512, 1024), settings=(("ENABLE_CUDA_GRAPH", state),)
+            "graph", 35, "graph native", "Q4_K", ("exact", "auto"), (512, 1024), MORE_STEPS, graph(state)
+        )
+        for state in ("off", "on")
+    },
+    "SDXL graph native": Row("graph", 40, "SDXL graph native", "SDXL", NATIVE, (512, 1024), MORE_STEPS),
+    **{
+        f"SDXL graph {state}": Row(
+            "graph", 30, "SDXL graph native", "SDXL", ("exact",), (512, 1024), MORE_STEPS, graph(state)
         )
         for state in ("off", "on")
     },
@@ -146,9 +160,10 @@ def reference(results: dict[str, dict], row: Row, resolution: int) -> float | No
 
 def run(comfyui: str, folder: Path, row: Row, trial: Trial) -> list[dict[str, object]]:
     """What one process of memory_run.py prints."""
-    file = trial.model or folder / f"flux-{row.recipe}.gguf"
+    file = trial.model or folder / ("sdxl.gguf" if row.recipe == "SDXL" else f"flux-{row.recipe}.gguf")
     if not file.is_file():
-        subprocess.run([sys.executable, HERE / "flux_files.py", folder, row.recipe], check=True)
+        maker = ["sdxl_file.py", comfyui, folder] if row.recipe == "SDXL" else ["flux_files.py", folder, row.recipe]
+        subprocess.run([sys.executable, HERE / maker[0], *maker[1:]], check=True)
     read(file)
     arguments = list(row.arguments)
     if trial.cpu:

@@ -70,6 +70,10 @@ def free() -> int | None:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
+def rss_peak() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
 def flux_vae() -> comfy.sd.VAE:
     """The decoder of Flux's VAE at its real size, with random weights: ComfyUI's own, not packed."""
     with torch.device("meta"):
@@ -98,6 +102,7 @@ def strength_changed(base, model, resolution: int) -> float:
 def main() -> None:
     torch.set_grad_enabled(False)
     free_at_start = free()
+    rss_at_start = rss_peak()
     with torch.inference_mode():
         bases, models, loading = {}, {}, {}
         for compute in options.compute:
@@ -107,10 +112,12 @@ def main() -> None:
             loading[compute] = round(time.perf_counter() - start, 2), taken.gb
             models[compute] = flux_run.loras(bases[compute], options.loras, options.rank)
         for resolution in options.resolution:
-            measure(bases, models, loading, resolution, free_at_start)
+            measure(bases, models, loading, resolution, free_at_start, rss_at_start)
 
 
-def measure(bases: dict, models: dict, loading: dict, resolution: int, free_at_start: int | None) -> None:
+def measure(
+    bases: dict, models: dict, loading: dict, resolution: int, free_at_start: int | None, rss_at_start: float
+) -> None:
     """Print a row for each compute."""
     first, sampling, warm = {}, {}, {compute: [] for compute in models}
     for compute, model in models.items():
@@ -145,7 +152,8 @@ def measure(bases: dict, models: dict, loading: dict, resolution: int, free_at_s
             "vram_sampling_gb": sampling[compute],
             "vram_decoding_gb": decoding.gb if stages.decode else None,
             "vram_left_gb": None if free_at_start is None else round((free_at_start - free()) / GB, 2),
-            "rss_peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "rss_start_gb": rss_at_start,
+            "rss_peak_gb": rss_peak(),
         }
         print("RESULT " + json.dumps(row), flush=True)
 

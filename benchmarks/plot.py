@@ -1,9 +1,12 @@
-"""Draws docs/flux.svg, kernels.svg and, once it was measured, memory.svg from the results here. Needs matplotlib.
+"""Draws docs/flux.svg, kernels.svg and, once they were measured, memory.svg and quality.svg from the results here.
+
+Needs matplotlib.
 
 python benchmarks/plot.py
 """
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +20,8 @@ RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 matplotlib.rcParams |= {"svg.hashsalt": "gguf_native", "svg.fonttype": "none"}
 METADATA = {"Date": None, "Creator": None}
 COMPUTES = {"exact": "tab:blue", "fp8": "tab:orange", "auto": "tab:green"}
+# Beginnings of file types: K-quants, I-quants, others.
+FAMILIES = {r"Q\d_K": "tab:blue", "IQ": "tab:green", "": "tab:orange"}
 
 
 def flux() -> None:
@@ -65,6 +70,32 @@ def memory() -> None:
     save(figure, "memory.svg")
 
 
+def quality() -> None:
+    """What the scorer finds in the pictures, and how far they are from those of bfloat16, from large files to small."""
+    rows = json.loads((RESULTS / "quality.json").read_text())["rows"]
+    exact = [row for row in rows if row["compute"] == "exact" and row["type"] not in ("F32", "F16", "BF16")]
+    exact.sort(key=lambda row: -row["bytes"])
+    colours = [colour_of(row["type"]) for row in exact]
+    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(9, 0.2 * len(exact) + 1))
+    shares = [100 * row["scores"]["all"] for row in exact]
+    for axes, values, label in (
+        (left, shares, "% of what the captions ask that is right (line: bfloat16)"),
+        (right, [row["psnr"] for row in exact], "PSNR against the pictures of bfloat16, dB"),
+    ):
+        axes.bar_label(axes.barh(range(len(exact)), values, color=colours), fmt="%.1f", fontsize=7, padding=2)
+        axes.set_xlabel(label, fontsize=8)
+        axes.margins(x=0.12)
+    left.axvline(100 * rows[0]["scores"]["all"], color="black", linewidth=0.8)
+    left.set_yticks(range(len(exact)), [f"{row['type']}, {row['bytes'] / 1e6:.1f} MB" for row in exact], fontsize=8)
+    left.invert_yaxis()
+    save(figure, "quality.svg")
+
+
+def colour_of(file_type: str) -> str:
+    """The colour of K-quants, I-quants or others."""
+    return next(colour for beginning, colour in FAMILIES.items() if re.match(beginning, file_type))
+
+
 def save(figure: plt.Figure, name: str) -> None:
     figure.tight_layout()
     figure.savefig(DOCS / name, metadata=METADATA)
@@ -75,3 +106,5 @@ if __name__ == "__main__":
     kernels()
     if (RESULTS / "memory.json").is_file():
         memory()
+    if (RESULTS / "quality.json").is_file():
+        quality()

@@ -1,50 +1,59 @@
-"""One picture from GGUF files in the real ComfyUI:  make demo
+"""A caption painted by the real ComfyUI, from GGUF and from safetensors:  make demo
 
-The example workflow, posted to the server as the page would post it. Its model files are the small samples under the
-names that the workflow asks for, so the picture shows colours and no lighthouse.
+The tiny Flux of training/ is quantised by this pack's command line. Its GGUF file through this pack's loader and its
+bfloat16 safetensors through ComfyUI's own paint from the same noise; one PNG shows both, and the scorer reads them.
+Another caption of the grammar:  make demo ARGS="a large yellow star on a purple background"
 """
 
-import json
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
-from host import in_process, samples, workflows
-from host.client import Graph, WorkflowError
-from host.environment import HOST, ROOT, find_comfyui
+from host import in_process, samples, sheet, workflows
+from host.client import Client, WorkflowError
+from host.environment import HOST, find_comfyui
 from host.server import running_server
+from PIL import Image
+
+from training import scenes, scorer
 
 BASE = HOST / "demo"
-EXAMPLE = ROOT / "example_workflows" / "flux_gguf.json"
-SIZE = 256
-STEPS = 4
+PICTURE = BASE / "output" / "demo.png"
+FILE_TYPE = "Q4_K_M"
+SIDE = 384
 
 
-def print_costs() -> None:
-    print(f"{'model':46} {'safetensors':>14} {'GGUF':>14}")
-    for file, (name, type_name, naming) in samples.EXAMPLE_FILES.items():
-        before = samples.sample(name).stat().st_size
-        after = samples.gguf(name, type_name, naming).stat().st_size
-        print(f"{file:46} {before:12,} B {after:12,} B  {after / before:4.0%}")
-
-
-def example(object_info: dict[str, dict]) -> Graph:
-    """The example workflow with a LoRA, at a size and a number of steps that a CPU takes a second for."""
-    graph = workflows.from_page(json.loads(EXAMPLE.read_text(encoding="utf-8")), object_info)
-    changes = {
-        "LoraLoaderGGUF": {"lora_1": samples.sample("tiny_flux_256_lora").name},
-        "EmptySD3LatentImage": {"width": SIZE, "height": SIZE},
-        "KSampler": {"steps": STEPS},
+def models() -> dict[str, tuple[Path, dict]]:
+    """Label -> (file of the diffusion model, the node that loads it)"""
+    ours, original = samples.trained_gguf(FILE_TYPE), samples.trained("tiny_flux")
+    return {
+        "bfloat16": (original, workflows.node("UNETLoader", unet_name=original.name, weight_dtype="default")),
+        FILE_TYPE: (ours, workflows.node("UnetLoaderGGUF", unet_name=ours.name)),
     }
-    for node in graph.values():
-        node["inputs"] |= changes.get(node["class_type"], {})
-    return graph
+
+
+def paint(client: Client, loader: dict, caption: scenes.Caption) -> Image.Image:
+    encoder, vae = samples.sample("clip_l").name, samples.trained("tiny_vae").name
+    (picture,) = client.run(workflows.painting(loader, encoder, vae, str(caption)), print_step).pictures()
+    return picture
 
 
 def print_step(node: str, step: int, steps: int) -> None:
-    print(f"{node} {step}/{steps}", flush=True)
+    print(f"{node} {step}/{steps}", end="\n" if step == steps else "\r", flush=True)
+
+
+def report(label: str, picture: Image.Image, caption: scenes.Caption) -> None:
+    """Print what the scorer sees in a picture."""
+    pixels = torch.from_numpy(np.array(picture)).movedim(-1, 0)[None] / 255
+    (reading,) = scorer.read(pixels)
+    things = ", ".join(str(seen.thing) for seen in reading.seen)
+    parts = scorer.judge(caption, reading)
+    right = sum(is_right for _, is_right in parts)
+    print(f"{label:8}  the scorer reads {things} on {reading.background}: {right} of {len(parts)} parts as asked")
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -54,23 +63,30 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, interrupt)
+    caption = scenes.parse(" ".join(sys.argv[1:]) or str(scenes.EXAMPLE))
     comfyui = find_comfyui()
     in_process.bind(comfyui)
     samples.discard_outdated()
-    samples.make_example_files()
-    print_costs()
+    sources = models()
+    for label, (file, _) in sources.items():
+        print(f"{label:8}  {file.stat().st_size:12,} B  {file.name}")
     started = time.monotonic()
     # ComfyUI does not take both.
     device = "--lowvram" if torch.cuda.is_available() else "--cpu"
     with running_server(comfyui, BASE, samples.MODELS, device=device) as client:
         print(f"The server is ready after {time.monotonic() - started:.1f} s: {client.url}", flush=True)
         try:
-            result = client.run(example(client.object_info()), print_step)
+            pictures = {label: paint(client, loader, caption) for label, (_, loader) in sources.items()}
         except WorkflowError as error:
             print(f"{error}\n{error.traceback}The server's log: {BASE / 'server.log'}", file=sys.stderr)
             return 1
-    for entry in result.files():
-        print(f"The picture: {BASE / 'output' / entry['subfolder'] / entry['filename']}")
+    print(f"Asked for: {caption}")
+    for label, picture in pictures.items():
+        report(label, picture, caption)
+    labels = {label: f"{label}, {file.stat().st_size / 1e6:.1f} MB" for label, (file, _) in sources.items()}
+    tiles = [(labels[label], picture) for label, picture in pictures.items()]
+    sheet.save(sheet.sheet(str(caption), tiles, len(tiles), SIDE), PICTURE)
+    print(f"The picture: {PICTURE}")
     return 0
 
 

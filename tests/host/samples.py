@@ -1,5 +1,7 @@
 """The sample models: random weights with fixed seeds, made when first asked for and kept under .host/models/.
 
+Beside them, so that a server finds both, lies the one that was trained: training/weights/.
+
 Run by itself, it makes the samples named and prints their files:  python -m host.samples tiny_flux clip_l
 """
 
@@ -7,6 +9,7 @@ import hashlib
 import io
 import os
 import shutil
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from host.architectures import Shapes
 
 MODELS = HOST / "models"
+WEIGHTS = ROOT / "training" / "weights"
+# What was trained -> its folder under models/; "tiny_flux" is the name of a sample, so all are called trained_.
+TRAINED = {"tiny_flux": "diffusion_models", "tiny_vae": "vae", "tiny_lora": "loras"}
 
 TINY_CLIP_L = {
     "hidden_size": 256,
@@ -183,15 +189,37 @@ def decoded(name: str, type_name: str, dtype: torch.dtype) -> Path:
     )
 
 
+def trained(name: str) -> Path:
+    """The safetensors file of a part of the trained model, a key of TRAINED."""
+    return once(
+        MODELS / TRAINED[name] / f"trained_{name}.safetensors",
+        lambda file: shutil.copyfile(WEIGHTS / f"{name}.safetensors", file),
+    )
+
+
+def trained_gguf(file_type: str) -> Path:
+    """The trained diffusion model as GGUF, by this pack's own command line as a user calls it."""
+    source = trained("tiny_flux")
+    return once(
+        source.with_name(f"{source.stem}-{file_type}.gguf"),
+        lambda file: subprocess.run(
+            [sys.executable, ROOT, "quantize", source, file, "--type", file_type],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        ),
+    )
+
+
 def make_example_files() -> None:
     for file, source in EXAMPLE_FILES.items():
         once(MODELS / file, lambda target, source=source: shutil.copyfile(gguf(*source), target))
 
 
 def discard_outdated() -> None:
-    """Throw all samples away when the code that makes them has changed."""
-    code = b"".join((HERE / file).read_bytes() for file in ("architectures.py", "samples.py", "quantise.py"))
-    digest = hashlib.sha256(code).hexdigest()
+    """Throw all samples away when the code or the weights that they are made of have changed."""
+    files = [HERE / file for file in ("architectures.py", "samples.py", "quantise.py")]
+    files += sorted(WEIGHTS.glob("*.safetensors"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     stamp = MODELS / "made_by.sha256"
     if stamp.is_file() and stamp.read_text() == digest:
         return

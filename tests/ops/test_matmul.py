@@ -8,7 +8,7 @@ from samples import random_blocks
 pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed: there are no packed weights")
 
 from gguf_native.ops.dequantize import dequantize
-from gguf_native.ops.eight_bits import quantize_rows_into, row_scales
+from gguf_native.ops.eight_bits import RowScales, quantize_rows_into, row_scales
 from gguf_native.ops.formats import FORMATS
 from gguf_native.ops.layout import pack
 from gguf_native.ops.matmul import Workspace, decode_weight, linear, linear_few_rows
