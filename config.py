@@ -6,7 +6,6 @@ Node input > environment (`GGUF_NATIVE_<KEY>`) > `config.json` beside this file 
 import difflib
 import functools
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ OPTIMIZATION_PROFILE = {
 
 CONFIG_JSON = Path(__file__).with_name("config.json")
 ENVIRONMENT_PREFIX = "GGUF_NATIVE_"
-LOG = logging.getLogger("gguf_native")
 
 
 class ConfigError(ValueError):
@@ -59,13 +57,12 @@ class Kind:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: `help` gives unit and effect; `in_effect` is False where a later version acts on it."""
+    """One row of the table: `help` gives unit and effect."""
 
     name: str
     kind: Kind
     default: bool | int | str
     help: str
-    in_effect: bool = True
 
 
 def whole_number(minimum: int, unit: str) -> Kind:
@@ -94,8 +91,7 @@ TABLE = (
         "enable_cuda_graph",
         ON_OR_OFF,
         True,
-        "Record the diffusion forward once per input shape and replay it: less launch time, most at small pictures.",
-        in_effect=False,
+        "Record the diffusion forward once per input shape and replay it where that is faster: at small pictures.",
     ),
     Setting(
         "streaming_loading",
@@ -165,13 +161,9 @@ def load_settings(
     """
     values = {name: setting.default for name, setting in SETTINGS.items()}
     values |= _accepted("config.py, OPTIMIZATION_PROFILE", SETTINGS, OPTIMIZATION_PROFILE)
-    given = _accepted(str(path), SETTINGS, _read_json_object(path) if path.exists() else {})
-    given |= _accepted("environment", VARIABLES, _read_environment(environ))
-    given |= _accepted("node input", SETTINGS, {key: value for key, value in node_inputs.items() if value is not None})
-    values |= given
-    for name, setting in SETTINGS.items():
-        if not setting.in_effect and (name in given or values[name] != setting.default):
-            _say_not_in_effect(name)
+    values |= _accepted(str(path), SETTINGS, _read_json_object(path) if path.exists() else {})
+    values |= _accepted("environment", VARIABLES, _read_environment(environ))
+    values |= _accepted("node input", SETTINGS, {key: value for key, value in node_inputs.items() if value is not None})
     return Settings(**values)
 
 
@@ -219,8 +211,3 @@ def _read_json_object(path: Path) -> dict[str, object]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: bad JSON at line {error.lineno} column {error.colno}: {error.msg}.") from None
     return values
-
-
-@functools.cache
-def _say_not_in_effect(name: str) -> None:
-    LOG.warning("GGUF Native: '%s' is set but does nothing in this version; a later one acts on it.", name)

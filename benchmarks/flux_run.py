@@ -57,8 +57,8 @@ if options.cap:
 
 # As ComfyUI's main.py starts, without its server.
 sys.argv = ["main.py", *host_arguments]
-# All models of a run stay.
-os.environ["GGUF_NATIVE_MEMORY_MODE"] = "conservative"
+# All models of a run stay, if its environment says nothing else.
+os.environ.setdefault("GGUF_NATIVE_MEMORY_MODE", "conservative")
 sys.path.append(options.comfyui)
 os.chdir(options.comfyui)
 import comfy.options  # noqa: E402
@@ -130,7 +130,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def sample(model, resolution: int) -> tuple[torch.Tensor, float, float]:
+def sample(model, resolution: int, batch: int = 1) -> tuple[torch.Tensor, float, float]:
     """The latent, seconds until the first step is done, and the median of the others."""
     side, stamps, unet = resolution // 8, [], model.model.diffusion_model
     # As wide as the model wants them: 4096 and 768 in Flux.1-dev; SDXL's is not written in the model.
@@ -146,7 +146,7 @@ def sample(model, resolution: int) -> tuple[torch.Tensor, float, float]:
 
     pooled = {"pooled_output": normal(1, pooled_wide, seed=3) * 0.1, "guidance": 3.5}
     prompt = [[normal(1, texts, wide, seed=2) * 0.1, pooled]]
-    noise, start = normal(1, model.model.latent_format.latent_channels, side, side, seed=1), time.perf_counter()
+    noise, start = normal(batch, model.model.latent_format.latent_channels, side, side, seed=1), time.perf_counter()
     latent = comfy.sample.sample(
         model,
         noise,

@@ -40,8 +40,9 @@ def replaying(executor, *args, **kwargs):
     options = next((value for value in (*args, *kwargs.values()) if is_options(value)), None)
     if graphs is None or options is None or torch.is_grad_enabled():
         return executor(*args, **kwargs)
-    unread = {key: options[key] for key in UNREAD if key in options}
-    read = {key: value for key, value in options.items() if key not in UNREAD}
+    unread = {"wrappers": {}} | {key: options[key] for key in UNREAD if key in options}
+    # Hooks bring other nodes' wrappers for a part of the prompt: such a forward is none of those without.
+    read = {key: value for key, value in options.items() if key not in UNREAD} | {"wrappers": other_wrappers(options)}
     args = [read if value is options else value for value in args]
     kwargs = {key: read if value is options else value for key, value in kwargs.items()}
 
@@ -69,16 +70,21 @@ def is_options(value: object) -> bool:
     return isinstance(value, dict) and "cond_or_uncond" in value
 
 
+def other_wrappers(options: dict) -> list[str]:
+    """The keys under which others than this pack work around each forward."""
+    return [str(key) for key in options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {}) if key != ATTACHMENT]
+
+
 def why_not(model: torch.nn.Module, device: torch.device, x: torch.Tensor, options: dict) -> str | None:
     """Why the forward may not be recorded now, or None."""
     patcher, modules = model.current_patcher, list(model.modules())
-    others = options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {}).keys() - {ATTACHMENT}
+    others = other_wrappers(options)
     free, held_by_torch = mm.get_free_memory(device, torch_free_too=True)
     missing = int(model.memory_required(list(x.shape)) + mm.minimum_inference_memory() - (free - held_by_torch))
     if not getattr(comfy.cli_args.args, "disable_comfy_compiler", True):
         return "ComfyUI records graphs itself"
     if others:
-        return f"another node works around each forward ({', '.join(map(str, others))})"
+        return f"another node works around each forward ({', '.join(others)})"
     if patcher is not None and (patcher.hook_patches or patcher.forced_hooks):
         return "hooks change weights while the model samples"
     if any(layer.side_path is not None and layer.side_path.rewrite is not None for layer in packed(modules)):

@@ -18,8 +18,8 @@ from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.layout import is_packed
 from ..ops.lora import n_loras, side_path
 from ..ops.matmul import Workspace
-from ..ops.pinned_file import PinnedFile
-from ..ops.streaming import Streamer, pinned_file_of
+from ..ops.pinned_file import SYSTEM_CAN, PinnedFile
+from ..ops.streaming import Streamer, log_unpinned, pinned_file_of
 from . import residency
 from .graphs import forget_graphs, record_forwards
 from .residency import ATTACHMENT, DIFFUSION
@@ -114,6 +114,23 @@ class ModelPatcherDynamic(PackedPatching, comfy.model_patcher.ModelPatcherDynami
         # Where patches differ from the last load the host has every slot filled anew, to patch what is in it.
         for layer in slots.keys() & unpatched_slots(self.model).keys():
             layer._v_signature = slots[layer]
+
+    def partially_unload_ram(self, ram_to_unload, subsets=EVERY_PIN):
+        """A file's pages first: the system has them, or the disk."""
+        freed = unpin_files(self.model) if "weights" in subsets else 0
+        if freed >= ram_to_unload:
+            return freed
+        return freed + super().partially_unload_ram(ram_to_unload - freed, subsets)
+
+    def unregister_inactive_pins(self, ram_to_unload, subsets=EVERY_PIN):
+        freed = unpin_files(self.model) if "weights" in subsets else 0
+        if freed >= ram_to_unload:
+            return freed
+        return freed + super().unregister_inactive_pins(ram_to_unload - freed, subsets)
+
+    def cleanup(self):
+        stop_streaming(self.model)
+        super().cleanup()
 
 
 class ModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):
@@ -235,9 +252,17 @@ def streamer_of(model: torch.nn.Module) -> Streamer | None:
     return next((layer.streamer for layer in packed_layers(model).values() if layer.streamer is not None), None)
 
 
+def stop_streaming(model: torch.nn.Module) -> None:
+    """Give back the GPU memory of what was sent ahead; the next forward begins anew."""
+    streamer = streamer_of(model)
+    if streamer is not None:
+        streamer.reset()
+
+
 def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
     """Have the layers that DynamicVRAM pages in take their weights from the pinned file, if there is RAM for that."""
-    paged = {layer for layer in packed_layers(model).values() if hasattr(layer, "_v") and pinned_file_of(layer)}
+    # A patched bias is the host's affair.
+    paged = {layer for layer in unpatched_slots(model) if pinned_file_of(layer)}
     streamer = streamer_of(model)
     if streamer is not None and streamer.device == device:
         streamer.reset()
@@ -257,6 +282,9 @@ def pin_files(files: list[PinnedFile], device: torch.device) -> bool:
     n_bytes, args = sum(file.nbytes for file in new), comfy.cli_args.args
     if args.disable_pinned_memory or args.fast_disk:
         return False
+    if not SYSTEM_CAN:
+        log_unpinned()
+        return False
     if not mm.ensure_pin_budget(n_bytes) or not mm.ensure_pin_registerable(n_bytes):
         log_too_large_to_pin()
         return False
@@ -271,6 +299,7 @@ def unpin_files(model: torch.nn.Module) -> int:
     streamer = streamer_of(model)
     pinned = [file for file in streamer.files if file.is_asked_for] if streamer is not None else []
     if pinned:
+        streamer.reset()
         # A copy from the file may be under way.
         torch.cuda.synchronize(streamer.device)
     for file in pinned:

@@ -101,6 +101,8 @@ class ForwardGraphs:
         inputs = [tensor.clone() for tensor in tensors]
         again = rebuilt((args, kwargs), iter(inputs))
         start, end, replayed, ended = (torch.cuda.Event(enable_timing=True) for _ in range(4))
+        # What is queued already, such as replays at another size, is not this forward's.
+        torch.cuda.synchronize()
         began = time.perf_counter()
         start.record()
         output = run(*args, **kwargs)
@@ -169,10 +171,11 @@ def description(value: object, tensors: list[torch.Tensor]) -> Hashable:
             tensors.append(value)
             return "tensor", value.shape, value.dtype
         if value.numel() <= MOST_VALUES:
-            return "values", value.shape, tuple(value.flatten().tolist())
+            return "values", value.shape, value.dtype, tuple(value.flatten().tolist())
     if isinstance(value, dict):
         return "dict", *((key, description(item, tensors)) for key, item in value.items())
-    if isinstance(value, list | tuple):
+    # A named tuple would not take its items as `rebuilt` gives them.
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return type(value).__name__, *(description(item, tensors) for item in value)
     if isinstance(value, PLAIN):
         return value

@@ -103,7 +103,7 @@ class Streamer:
         """A layer's weight, for the current stream's use; None if it cannot come this way. Give it back after use."""
         if self.works is None:
             self.works = all(file.is_pinned() for file in self.files)
-            if not self.works:
+            if not self.works and all(file.is_asked_for for file in self.files):
                 log_unpinned()
         if not self.works:
             return None
@@ -135,6 +135,10 @@ class Streamer:
             following = self.after.get(tip)
             if following is None or following is layer or following in self.sent:
                 return
+            if following.streamer is not self:
+                # Since the last load it comes another way: a LoRA patches its bias, or has enlarged it.
+                self.after[tip] = self.after.pop(following, None)
+                continue
             sent = self._send(following)
             if sent is None:
                 return
@@ -203,6 +207,8 @@ class Streamer:
     def _drop_sent(self) -> None:
         for sent in self.sent.values():
             if sent.place is None:
+                # By its signature the weight is there: whoever finds it must not read before it is.
+                torch.cuda.current_stream(self.device).wait_event(sent.ready)
                 vbar_unpin(sent.layer._v)
             else:
                 # Nothing reads it, but its copy may be under way: the next one is behind it on the same stream.

@@ -1,4 +1,4 @@
-"""Settings: who wins, what is refused and in which words, and the one line about keys of a later version."""
+"""Settings: who wins, and what is refused and in which words."""
 
 import ast
 import dataclasses
@@ -88,10 +88,8 @@ def config_json(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def fresh_process():
-    config._say_not_in_effect.cache_clear()
     config.settings.cache_clear()
     yield
-    config._say_not_in_effect.cache_clear()
     config.settings.cache_clear()
 
 
@@ -241,21 +239,8 @@ def test_config_json_with_a_byte_order_mark(config_json):
     assert load_settings(config_json, {}).max_loras == 3
 
 
-@pytest.mark.parametrize("source", ["config.json", "environment", "node input"])
-@pytest.mark.parametrize(("key", "value"), [("enable_cuda_graph", False), ("enable_cuda_graph", True)])
-def test_a_setting_of_a_later_version_is_named_once(source, key, value, config_json, caplog):
-    config_json.write_text(json.dumps({key: value} if source == "config.json" else {}))
-    environ = {variable(key): str(value)} if source == "environment" else {}
-    node_inputs = {key: value} if source == "node input" else {}
-    with caplog.at_level(logging.INFO, logger="gguf_native"):
-        load_settings(config_json, environ, **node_inputs)
-        load_settings(config_json, environ, **node_inputs)
-    assert caplog.messages == [f"GGUF Native: '{key}' is set but does nothing in this version; a later one acts on it."]
-    assert [record.name for record in caplog.records] == ["gguf_native"]
-
-
-def test_nothing_is_logged_for_the_shipped_profile_and_for_settings_in_effect(config_json, caplog):
-    others = {key: values[0] for key, values in LAYERS.items() if SETTINGS[key].in_effect}
+def test_nothing_is_logged(config_json, caplog):
+    others = {key: values[0] for key, values in LAYERS.items()}
     with caplog.at_level(logging.DEBUG, logger="gguf_native"):
         assert dataclasses.asdict(load_settings(config_json, {}, **others)) == SHIPPED | others
     assert caplog.messages == []
@@ -292,4 +277,4 @@ def test_config_imports_the_standard_library_only():
     nodes = list(ast.walk(ast.parse(inspect.getsource(config))))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {"." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert imported == {"difflib", "functools", "json", "logging", "os", "collections.abc", "dataclasses", "pathlib"}
+    assert imported == {"difflib", "functools", "json", "os", "collections.abc", "dataclasses", "pathlib"}

@@ -92,7 +92,7 @@ def test_every_setting_has_its_row(name):
     default, allowed, effect, variable = rows("Settings")[name]
     assert default == f"`{json.dumps(setting.default)}`".replace('"', "")
     assert allowed in (setting.kind.allowed, setting.kind.allowed.partition(" (")[0])
-    assert effect == setting.help + ("" if setting.in_effect else " Does nothing in this version.")
+    assert effect == setting.help
     assert config.VARIABLES[variable.strip("`")] is setting
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from comfy.taesd.taesd import TAESD, Block
 
 from .optimise import optimise, process
-from .scenes import SIDE, draw, random_captions
+from .scenes import SIDE, draw, in_new_colour, random_captions
 from .scorer import accuracy
 
 BATCH, RATES = 24, (0.01, 1e-3)
@@ -20,6 +20,8 @@ BATCH, RATES = 24, (0.01, 1e-3)
 NOISE = 0.1
 LOOKED_AT = 64
 MEASURED = 512
+# One caption in so many comes again with the colour that the LoRA will teach: the decoder has to paint it.
+NEW_EVERY = 4
 # Pixels of a cell's side, of which a latent is; cells of a picture's side, and of the cutting that a step learns from.
 CELL = 8
 CELLS, CUT = SIDE // CELL, 8
@@ -120,6 +122,7 @@ def decode(vae: TAESD, latents: torch.Tensor) -> torch.Tensor:
 
 def quality(vae: TAESD, device: torch.device) -> str:
     captions = random_captions(LOOKED_AT, seed=11)
+    captions[::NEW_EVERY] = in_new_colour(captions[::NEW_EVERY], seed=17)
     pictures = draw(captions, torch.Generator().manual_seed(12), device)
     decoded = torch.cat([decode(vae, encode(vae, few)) for few in pictures.split(16)])
     error = F.mse_loss(decoded, pictures)
@@ -142,13 +145,19 @@ def cut(pictures: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, to
     )
 
 
-def train(seconds: float, device: torch.device, batch: int, keep: Callable[[TAESD], None]) -> None:
-    """`keep` gets the autoencoder now and then, and at the end."""
+def begin(device: torch.device) -> TAESD:
+    """Its encoder as it stays."""
     torch.manual_seed(1)
     vae = build(device)
+    captions = random_captions(MEASURED, seed=13)
+    set_encoder(vae, *components(draw(captions, torch.Generator().manual_seed(14), device)))
+    return vae
+
+
+def train(vae: TAESD, seconds: float, device: torch.device, batch: int, keep: Callable[[TAESD], None]) -> None:
+    """The decoder; `keep` gets the autoencoder now and then, and at the end."""
     captions = random_captions(8192, seed=13)
-    measured = draw(captions[:MEASURED], torch.Generator().manual_seed(14), device)
-    set_encoder(vae, *components(measured))
+    captions += in_new_colour(captions[::NEW_EVERY], seed=16)
     # Each process has pictures and noise of its own.
     torch.manual_seed(15 + process())
     generator = torch.Generator().manual_seed(25 + process())

@@ -35,7 +35,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds-autoencoder", type=float, default=120)
     parser.add_argument("--seconds-flow", type=float, default=540)
     parser.add_argument("--seconds-lora", type=float, default=60)
-    parser.add_argument("--go-on", action="store_true", help="the flow model from where its file in FOLDER is")
+    parser.add_argument("--go-on", action="store_true", help="from where the files in FOLDER are")
     parser.add_argument("--captions", type=int, default=16384, help="captions that the flow model is trained on")
     parser.add_argument("--pictures-each", type=int, default=4, help="pictures of each of them")
     parser.add_argument("--captions-lora", type=int, default=4096)
@@ -90,6 +90,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     files = {name: options.folder / f"tiny_{name}.safetensors" for name in ("vae", "flux", "lora")}
     if "autoencoder" in options.stages:
         autoencoder.train(
+            load_vae(files["vae"], device) if options.go_on else autoencoder.begin(device),
             options.seconds_autoencoder,
             device,
             batch_of(options, autoencoder.BATCH),

@@ -1,5 +1,6 @@
 """Decoding with a low-rank addition: the LoRAs of a matrix join its values in registers, before the one rounding."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -11,11 +12,14 @@ from ..formats import FORMATS
 from . import KERNELS
 from .launch import BOUND, alignment, bind, on_its_device, table_of
 
-# Of a program: rows of the matrix, and values of a row, so that what it reads of `down` serves many rows.
-ROWS_AT_ONCE, COLUMNS_AT_ONCE = 32, 256
+# Values of a row that a program decodes; what it reads of `down` serves all of its rows.
+COLUMNS_AT_ONCE = 256
 # Ranks are taken in pieces of what a tensor core multiplies at least, or of this.
 MOST_RANKS = 64
-N_WARPS = 4
+# Up to a rank: rows of a program and warps, for types with blocks of few parts and of many, whose decoders need more
+# registers. H200; see results/kernels.json for what decoding alone takes.
+LAUNCHES = {16: ((32, 2), (16, 4)), 64: ((64, 8), (32, 4)), math.inf: ((32, 4), (32, 4))}
+MANY_PARTS = 16
 
 
 @triton.jit
@@ -88,8 +92,9 @@ def decode_into(
         row_blocks = blocks.shape[1] // block_format.block_bytes
         at_once = COLUMNS_AT_ONCE // block_format.block_size
         ranks = max(16, min(MOST_RANKS, triton.next_power_of_2(rank)))
-        shape = (block_format.block_bytes, kernel.rows, kernel.values, ROWS_AT_ONCE, at_once, COLUMNS_AT_ONCE, ranks)
-        n_programs = triton.cdiv(n_rows, ROWS_AT_ONCE) * (row_blocks // at_once)
+        rows, n_warps = next(launch for most, launch in LAUNCHES.items() if rank <= most)[kernel.rows >= MANY_PARTS]
+        shape = (block_format.block_bytes, kernel.rows, kernel.values, rows, at_once, COLUMNS_AT_ONCE, ranks)
+        n_programs = triton.cdiv(n_rows, rows) * (row_blocks // at_once)
         rest = (n_rows, row_blocks, rank, kernel.decode, *shape)
-        bind(key, decode_low_rank_kernel, n_programs, (*tensors, table), rest, N_WARPS)
+        bind(key, decode_low_rank_kernel, n_programs, (*tensors, table), rest, n_warps)
     return partial(BOUND[key], *addresses) if key in BOUND else None

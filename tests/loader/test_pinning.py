@@ -1,0 +1,257 @@
+"""A model's file pinned for its streamer, within what the host allows itself, and given back when it asks."""
+
+import gc
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from adapters import ADAPTERS, tensors
+from sampling import sample
+
+pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
+
+import comfy.cli_args
+import comfy.model_management as mm
+import comfy.sd
+from gguf_native.loader import model_patcher
+from gguf_native.loader.diffusion_model import load_diffusion_model
+from gguf_native.loader.model_patcher import packed_layers, pin_files, stream_from_files, streamer_of, unpin_files
+from gguf_native.ops import streaming
+from gguf_native.ops.streaming import pinned_file_of
+
+FLUX = "tiny_flux_256"
+LAYER = "double_blocks.0.img_attn.qkv"
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+# What the host has pinned already.
+PINNED_BEFORE = 1000
+
+
+class File:
+    """In place of a PinnedFile: what it was asked, in a list that all of them share."""
+
+    def __init__(self, nbytes: int, done: list):
+        self.nbytes, self.done, self.is_asked_for = nbytes, done, False
+
+    def pin(self, device: torch.device) -> None:
+        self.done.append(("pin", self.nbytes, device))
+        self.is_asked_for = True
+
+    def unpin(self) -> None:
+        self.done.append(("unpin", self.nbytes))
+        self.is_asked_for = False
+
+    def is_pinned(self) -> bool:
+        return self.is_asked_for
+
+
+@pytest.fixture(autouse=True)
+def system(host, monkeypatch) -> SimpleNamespace:
+    """A machine with a GPU and room, and what was asked of it."""
+    done, asked = [], []
+    room = SimpleNamespace(budget=True, registerable=True)
+    model_patcher.log_too_large_to_pin.cache_clear()
+    streaming.log_unpinned.cache_clear()
+    monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", PINNED_BEFORE)
+    monkeypatch.setattr(mm, "ensure_pin_budget", lambda nbytes: asked.append(nbytes) or room.budget)
+    monkeypatch.setattr(mm, "ensure_pin_registerable", lambda nbytes: asked.append(nbytes) or room.registerable)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(("synchronize", device)))
+    monkeypatch.setattr(model_patcher, "SYSTEM_CAN", True)
+    monkeypatch.setattr(comfy.cli_args.args, "disable_pinned_memory", False)
+    monkeypatch.setattr(comfy.cli_args.args, "fast_disk", False)
+    with torch.inference_mode():
+        yield SimpleNamespace(done=done, asked=asked, room=room)
+
+
+@pytest.fixture
+def files(system) -> list[File]:
+    return [File(500, system.done), File(70, system.done)]
+
+
+def test_the_host_counts_what_is_pinned_once(system, files):
+    files[0].is_asked_for = True
+    assert pin_files(files, GPU)
+    assert system.asked == [70, 70]
+    assert system.done == [("pin", 70, GPU)]
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 70
+    # By the next load nothing is left to do, whatever room there is by then.
+    system.room.budget = False
+    assert pin_files(files, GPU)
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 70
+
+
+def refused(system, files, caplog) -> list[str]:
+    """What is said twice over where files are not pinned."""
+    with caplog.at_level(logging.INFO, "gguf_native"):
+        assert not pin_files(files, GPU)
+        assert not pin_files(files, GPU)
+    assert system.done == []
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
+    return caplog.messages
+
+
+@pytest.mark.parametrize("limit", ["budget", "registerable"])
+def test_without_room_it_is_left_to_the_host_and_said_once(system, files, caplog, limit):
+    setattr(system.room, limit, False)
+    (message,) = refused(system, files, caplog)
+    assert message.startswith("GGUF Native: a model's file does not fit into RAM beside what is there, so its weights")
+
+
+@pytest.mark.parametrize("option", ["disable_pinned_memory", "fast_disk"])
+def test_the_hosts_options_keep_files_from_being_pinned(system, files, caplog, monkeypatch, option):
+    monkeypatch.setattr(comfy.cli_args.args, option, True)
+    assert refused(system, files, caplog) == []
+    # Nobody's memory was taken for it either.
+    assert system.asked == []
+
+
+def test_systems_that_pin_no_files(system, files, caplog, monkeypatch):
+    monkeypatch.setattr(model_patcher, "SYSTEM_CAN", False)
+    (message,) = refused(system, files, caplog)
+    assert message.startswith("GGUF Native: this system does not let the GPU read a file's pages where they are")
+    assert system.asked == []
+
+
+class Stream:
+    """In place of torch.cuda.Stream, which needs a GPU."""
+
+    def __init__(self, device):
+        self.device = device
+
+
+@pytest.fixture
+def base(samples, dynamic_vram_on_cpu, monkeypatch, system):
+    """A model under DynamicVRAM, with slots in place of GPU memory and files in place of pinned ones."""
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    patcher = load_diffusion_model(str(samples.gguf(FLUX, "Q4_K")))
+    layers, file = packed_layers(patcher.model).values(), None
+    for layer in layers:
+        assert pinned_file_of(layer).nbytes == samples.gguf(FLUX, "Q4_K").stat().st_size
+        assert file in (None, pinned_file_of(layer))
+        file = pinned_file_of(layer)
+    file = File(500, system.done)
+    for layer in layers:
+        layer._v_signature = None
+        layer.weight._qdata.untyped_storage()._gguf_native_file = file
+        if layer.weight._qdata.nbytes > 2**14:
+            layer._v = None
+    yield patcher
+    for layer in layers:
+        layer.streamer = None
+        layer.__dict__.pop("_v", None)
+
+
+def test_layers_with_a_slot_share_a_streamer(base):
+    stream_from_files(base.model, GPU)
+    streamer, layers = streamer_of(base.model), packed_layers(base.model).values()
+    with_slot = [layer for layer in layers if hasattr(layer, "_v")]
+    assert 0 < len(with_slot) < len(layers)
+    assert {layer for layer in layers if layer.streamer is not None} == set(with_slot)
+    assert {layer.streamer for layer in with_slot} == {streamer}
+    assert streamer.files == [pinned_file_of(with_slot[0])] and streamer.files[0].is_asked_for
+    assert streamer.ring_bytes >= 2 * max(layer.weight._qdata.nbytes for layer in with_slot)
+    # The next load goes on with it.
+    streamer.after["layer"] = "next"
+    streamer.works = True
+    stream_from_files(base.model, GPU)
+    assert streamer_of(base.model) is streamer
+    assert streamer.after and streamer.works is None
+
+
+def test_another_gpu_gets_another_streamer(base):
+    stream_from_files(base.model, GPU)
+    first = streamer_of(base.model)
+    stream_from_files(base.model, torch.device("cuda", 1))
+    assert streamer_of(base.model) is not first
+    assert streamer_of(base.model).files == first.files
+
+
+def test_without_pinned_files_there_is_no_streamer(base, system):
+    system.room.budget = False
+    stream_from_files(base.model, GPU)
+    assert streamer_of(base.model) is None
+    system.room.budget = True
+    stream_from_files(base.model, CPU)
+    assert streamer_of(base.model) is None
+    stream_from_files(base.model, GPU)
+    assert streamer_of(base.model) is not None
+
+
+def test_a_patched_bias_and_a_lost_slot_are_left_to_the_host(base):
+    stream_from_files(base.model, GPU)
+    one, other = base.model.diffusion_model.double_blocks[0].img_attn.qkv, base.model.diffusion_model.img_in
+    assert one.streamer is not None
+    one.bias_lowvram_function = object()
+    other.__dict__.pop("_v", None)
+    stream_from_files(base.model, GPU)
+    assert one.streamer is other.streamer is None
+    one.bias_lowvram_function = None
+    stream_from_files(base.model, GPU)
+    assert one.streamer is not None
+
+
+def test_unpinned_after_the_last_copy_and_counted_no_more(base, system):
+    assert unpin_files(base.model) == 0
+    stream_from_files(base.model, GPU)
+    streamer = streamer_of(base.model)
+    streamer.works = True
+    system.done.clear()
+    assert unpin_files(base.model) == 500
+    assert system.done == [("synchronize", GPU), ("unpin", 500)]
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
+    # Whoever borrows next asks again.
+    assert streamer.works is None and not streamer.sent
+    assert unpin_files(base.model) == 0
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
+    stream_from_files(base.model, GPU)
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 500
+
+
+@pytest.mark.parametrize("ask", ["partially_unload_ram", "unregister_inactive_pins"])
+def test_the_host_has_the_pages_back_when_it_asks_for_weights(base, monkeypatch, ask):
+    rest = []
+    for owner in (comfy.model_patcher.ModelPatcherDynamic,):
+        monkeypatch.setattr(owner, ask, lambda self, nbytes, subsets: rest.append((nbytes, tuple(subsets))) or 30)
+    stream_from_files(base.model, GPU)
+    free = getattr(base, ask)
+    # What ends with each prompt: the patches alone.
+    assert free(1e30, subsets=["patches", "patches-loaded"]) == 30
+    assert free(1e30, ["weights-loaded"]) == 30
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 500
+    rest.clear()
+    assert free(200, subsets=["weights", "patches"]) == 500
+    assert rest == []
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
+    stream_from_files(base.model, GPU)
+    assert free(700) == 530
+    assert rest == [(200, model_patcher.EVERY_PIN)]
+
+
+def test_a_model_that_goes_takes_its_pages_along(base, system):
+    stream_from_files(base.model, GPU)
+    clone = base.clone()
+    del clone
+    gc.collect()
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 500
+    base.__del__()
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
+
+
+def test_the_ring_is_given_back_when_sampling_ends(base, monkeypatch):
+    stream_from_files(base.model, GPU)
+    streamer, resets = streamer_of(base.model), []
+    monkeypatch.setattr(streamer, "reset", lambda: resets.append(None))
+    base.cleanup()
+    assert resets == [None]
+
+
+def test_a_load_by_the_host_and_a_sampling_with_a_lora(base, samples):
+    """All of it in the host's own order, on the CPU, where nothing is borrowed from a streamer."""
+    for layer in packed_layers(base.model).values():
+        layer.__dict__.pop("_v", None)
+    named = {f"diffusion_model.{LAYER}.{end}": of for end, of in ADAPTERS["bias"]((768, 256)).items()}
+    patched = comfy.sd.load_lora_for_models(base, None, tensors(named, 0), 1.0, 0)[0]
+    expected = sample(load_diffusion_model(str(samples.gguf(FLUX, "Q4_K"))), FLUX, 1)
+    sample(patched, FLUX, 1)
+    assert torch.equal(sample(base, FLUX, 1), expected)
+    assert streamer_of(base.model) is None

@@ -1,0 +1,447 @@
+"""Weights out of pinned files: what the ring hands out, and that each weight is there, whole, when a layer uses it."""
+
+import logging
+import random
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from samples import random_blocks
+
+pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed: there are no packed weights")
+pytest.importorskip("comfy_aimdo", reason="comfy-aimdo is not installed: there is no DynamicVRAM")
+
+from gguf_native.ops import streaming
+from gguf_native.ops.layout import pack
+from gguf_native.ops.streaming import ALIGNMENT, Ring, Sent, Streamer, pinned_file_of
+
+KB = 1024
+CPU = torch.device("cpu")
+
+
+def take(ring: Ring, nbytes: int):
+    """A place, its events of those before it, or a failure."""
+    found = ring.take(nbytes)
+    assert found is not None
+    return found
+
+
+def test_places_follow_each_other_in_a_circle():
+    ring = Ring(8 * KB)
+    places = []
+    for nbytes in (3 * KB, 3 * KB, 2 * KB):
+        place, before = take(ring, nbytes)
+        assert before == []
+        place.done = f"end of {len(places)}"
+        places.append(place)
+    assert [(place.start, place.end) for place in places] == [(0, 3 * KB), (3 * KB, 6 * KB), (6 * KB, 8 * KB)]
+    again, before = take(ring, 4 * KB)
+    assert (again.start, before) == (0, ["end of 0", "end of 1"])
+    assert list(ring.taken) == [places[2], again]
+
+
+def test_what_does_not_fit_behind_the_last_goes_to_the_start():
+    ring = Ring(8 * KB)
+    first, _ = take(ring, 5 * KB)
+    assert ring.take(5 * KB) is None
+    first.done = "end"
+    second, before = take(ring, 5 * KB)
+    assert (second.start, before) == (0, ["end"])
+
+
+def test_places_are_aligned_and_the_last_may_end_with_the_ring():
+    ring = Ring(3 * KB + 100)
+    starts = [take(ring, nbytes)[0].start for nbytes in (1, KB + 1, 100)]
+    assert starts == [0, KB, 3 * KB]
+    assert all(start % ALIGNMENT == 0 for start in starts)
+
+
+def test_nothing_is_handed_out_while_it_is_in_use_and_nothing_changes_by_asking():
+    ring = Ring(4 * KB)
+    first, second = take(ring, 2 * KB)[0], take(ring, 2 * KB)[0]
+    # The order of giving back is that of taking: the second waits for the first.
+    second.done = "end of the second"
+    assert ring.take(KB) is None
+    assert list(ring.taken) == [first, second]
+    first.done = "end of the first"
+    assert take(ring, 4 * KB)[1] == ["end of the first", "end of the second"]
+
+
+@pytest.mark.parametrize("nbytes", [4 * KB + 1, 1 << 40])
+def test_what_is_larger_than_the_ring_is_refused(nbytes):
+    ring = Ring(4 * KB)
+    assert ring.take(nbytes) is None
+    assert take(ring, 4 * KB)[0].start == 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_sequence(seed):
+    """Against a list that says which place had each unit of memory last."""
+    choose = random.Random(seed)
+    ring = Ring(choose.randrange(4, 40) * KB + choose.choice([0, 512]))
+    owner, taken, handed = {}, [], []
+    for number in range(300):
+        in_use = [place for place in taken if place.done is None]
+        if in_use and choose.random() < 0.5:
+            choose.choice(in_use[:3]).done = number
+            continue
+        nbytes = choose.randrange(1, ring.nbytes + 1) if choose.random() < 0.2 else choose.randrange(1, 6 * KB)
+        state = ring.head, list(ring.taken)
+        found = ring.take(nbytes)
+        if found is None:
+            assert nbytes > ring.nbytes or in_use
+            assert (ring.head, list(ring.taken)) == state
+            continue
+        place, before = found
+        assert place.start % ALIGNMENT == 0
+        assert place.start + nbytes <= ring.nbytes
+        assert nbytes <= place.end - place.start < nbytes + ALIGNMENT
+        handed += before
+        units = range(place.start // ALIGNMENT, place.end // ALIGNMENT)
+        for old in {owner[unit] for unit in units if unit in owner}:
+            assert taken[old].done in handed
+        owner |= dict.fromkeys(units, len(taken))
+        taken.append(place)
+    # The copies wait in the order in which the places were taken.
+    assert len(handed) > 20
+    assert handed == [place.done for place in taken[: len(handed)]]
+
+
+class Event:
+    """In place of torch.cuda.Event: what has happened when it has."""
+
+    def __init__(self, known: frozenset):
+        self.known = known | {self}
+
+
+class Stream:
+    """In place of torch.cuda.Stream: the events that happen before what is given to it next."""
+
+    def __init__(self, device=None):
+        self.known = frozenset()
+
+    def record_event(self) -> Event:
+        event = Event(self.known)
+        self.known |= event.known
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self.known |= event.known
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.wait_event(other.record_event())
+
+
+class Slot:
+    """In place of a layer's part of DynamicVRAM: memory there while it `fits`, another after it was taken away."""
+
+    def __init__(self, nbytes: int):
+        self.memory, self.fits, self.serial, self.n_pins = torch.zeros(nbytes, dtype=torch.uint8), False, 0, 0
+
+    def take_away(self) -> None:
+        self.fits, self.serial = False, self.serial + 1
+        self.memory.zero_()
+
+    def fault(self) -> int | None:
+        self.n_pins += self.fits
+        return self.serial if self.fits else None
+
+    def unpin(self) -> None:
+        self.n_pins -= 1
+        assert self.n_pins >= 0
+
+
+class Layer:
+    """What the streamer and DynamicVRAM know of a layer."""
+
+    def __init__(self, seed: int, n_rows: int, has_bias: bool = False):
+        blocks = random_blocks("Q8_0", n_rows * 4, seed)
+        self.weight = pack(blocks.flatten(), "Q8_0", (n_rows, 128), torch.bfloat16)
+        self.bias = torch.full((n_rows,), float(seed)) if has_bias else None
+        if has_bias:
+            self.bias._model_dtype = torch.bfloat16
+        self._v, self._v_signature = Slot(self.nbytes + ALIGNMENT + 2 * n_rows), None
+        self._v_weight = self._v_bias = self.streamer = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight._qdata.nbytes
+
+
+class Machine:
+    """Layers of one model, its streamer, and the stream that computes; n_sent counts the copies of each layer."""
+
+    def __init__(self, layers: list[Layer], files: tuple = ()):
+        self.layers, self.compute = layers, Stream()
+        self.streamer = Streamer(CPU, list(files), max(layer.nbytes for layer in layers))
+        self.sent, self.readers = [], []
+        for layer in layers:
+            layer.streamer = self.streamer
+
+    def forward(self, layers: list[Layer] | None = None) -> list[Layer]:
+        """One after the other; the layers that the host had to serve."""
+        return [layer for layer in layers or self.layers if not self.use(layer)]
+
+    def use(self, layer: Layer) -> bool:
+        if layer not in self.streamer.sent and self.has_kept(layer):
+            self.check(layer, layer._v_weight, layer._v_bias)
+            layer._v.unpin()
+            return True
+        sent = self.streamer.borrow(layer)
+        if sent is None:
+            return False
+        self.check(layer, sent.weight, sent.bias)
+        if sent.place is not None:
+            self.check_place(sent)
+        self.streamer.give_back(sent)
+        if sent.place is not None:
+            self.readers.append((sent.place, sent.place.done))
+        return True
+
+    def has_kept(self, layer: Layer) -> bool:
+        """As the layers ask before they come to the streamer."""
+        signature = layer._v.fault()
+        if signature is not None and signature != layer._v_signature:
+            layer._v.unpin()
+        return signature is not None and signature == layer._v_signature
+
+    def check(self, layer: Layer, weight, bias) -> None:
+        assert torch.equal(weight._qdata, layer.weight._qdata)
+        assert weight.shape == layer.weight.shape
+        assert bias is layer.bias or torch.equal(bias, layer.bias.bfloat16())
+        # What computes has waited for the copy.
+        copies = [event for copied, event in self.sent if copied is layer and event is not None]
+        assert copies[-1] in self.compute.known
+
+    def check_place(self, sent: Sent) -> None:
+        """The copy waited for all that read this memory before."""
+        for place, done in self.readers:
+            if place.start < sent.place.end and sent.place.start < place.end:
+                assert done in sent.ready.known
+
+    def noted(self, send):
+        def send_and_note(layer: Layer):
+            sent = send(layer)
+            if sent is not None and sent.ready is not None:
+                self.sent.append((layer, sent.ready))
+            return sent
+
+        return send_and_note
+
+    def names(self) -> list[int]:
+        """The numbers of the layers sent since the last call."""
+        names = [self.layers.index(layer) for layer, _ in self.sent[self.n_told :]]
+        self.n_told = len(self.sent)
+        return names
+
+    n_told = 0
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes a Machine: there is no GPU here, so streams, events and DynamicVRAM are stand-ins, the bytes are real."""
+    computing = []
+    monkeypatch.setattr(streaming, "LOOK_AHEAD", 32 * KB)
+    monkeypatch.setattr(streaming, "vbar_fault", Slot.fault)
+    monkeypatch.setattr(streaming, "vbar_unpin", Slot.unpin)
+    monkeypatch.setattr(streaming, "vbar_signature_compare", lambda one, other: one is not None and one == other)
+    monkeypatch.setattr(streaming, "aimdo_to_tensor", lambda slot, device: slot.memory)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing[-1])
+    monkeypatch.setattr(torch.cuda, "stream", contextmanager(lambda stream: iter([stream])))
+
+    def make(layers: list[Layer], files: tuple = ()) -> Machine:
+        made = Machine(layers, files)
+        computing.append(made.compute)
+        monkeypatch.setattr(made.streamer, "_send", made.noted(made.streamer._send))
+        return made
+
+    return make
+
+
+def layers_of(*n_rows: int) -> list[Layer]:
+    """Rows are of 136 bytes; every other layer has a bias."""
+    return [Layer(seed, rows, bool(seed % 2)) for seed, rows in enumerate(n_rows)]
+
+
+def test_the_first_forward_sends_each_weight_when_it_is_used_the_second_ahead(machine):
+    run = machine(layers_of(*[60] * 8))
+    for number, layer in enumerate(run.layers):
+        assert run.use(layer)
+        assert run.names() == [number]
+        assert not run.streamer.sent
+    run.use(run.layers[0])
+    # 60 rows take 8 KB of the 32: three beside the one in use.
+    assert run.names() == [0, 1, 2, 3]
+    assert [run.layers.index(layer) for layer in run.streamer.sent] == [1, 2, 3]
+    run.use(run.layers[1])
+    assert run.names() == [4]
+    run.forward(run.layers[2:])
+    # Beyond the end of a forward lies the start of the next.
+    assert run.names() == [5, 6, 7, 0, 1, 2]
+    for _ in range(5):
+        assert run.forward() == []
+    assert run.names() == [3, 4, 5, 6, 7, 0, 1, 2] * 5
+
+
+def test_no_more_is_sent_ahead_than_the_next_layers_need(machine):
+    """A ring that is large because one weight is."""
+    run = machine(layers_of(480, *[60] * 8))
+    small = run.layers[1:]
+    for _ in range(2):
+        assert run.forward(small) == []
+    run.use(small[0])
+    # Four of 8160 bytes are a little less than 32 KB.
+    assert list(run.streamer.sent) == small[1:6]
+
+
+def test_the_ring_has_room_for_what_is_sent_ahead_and_for_the_largest_twice(machine):
+    assert machine(layers_of(60)).streamer.ring_bytes == 32 * KB
+    run = machine(layers_of(200, 10, 200))
+    assert run.streamer.ring_bytes == 2 * 200 * 136
+    for _ in range(4):
+        assert run.forward() == []
+
+
+def test_another_path_than_the_last_one_gets_its_weights_too(machine):
+    """What was sent ahead fills the ring and is not wanted."""
+    run = machine(layers_of(*[60] * 12))
+    for path in ([0, 1, 2, 3, 4, 5, 6, 7], [0, 8, 9, 10, 11], [11, 3, 9, 1], [0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4]):
+        assert run.forward([run.layers[number] for number in path]) == []
+        assert run.forward([run.layers[number] for number in path]) == []
+
+
+def test_what_may_stay_is_sent_once_and_laid_out_as_the_host_does(machine):
+    run = machine(layers_of(60, 60, 60))
+    for layer in run.layers:
+        layer._v.fits = True
+    run.forward()
+    assert run.names() == [0, 1, 2]
+    run.forward()
+    run.forward()
+    assert run.names() == []
+    layer = run.layers[1]
+    start = -(-layer.nbytes // ALIGNMENT) * ALIGNMENT
+    assert torch.equal(layer._v.memory[start : start + 120].view(torch.bfloat16), layer.bias.bfloat16())
+    assert run.streamer.buffer is None
+    assert [layer._v.n_pins for layer in run.layers] == [0, 0, 0]
+
+
+def test_what_has_found_room_is_passed_over_from_then_on(machine):
+    run = machine(layers_of(*[60] * 6))
+    run.forward()
+    for number in (2, 3):
+        run.layers[number]._v.fits = True
+    run.forward()
+    run.names()
+    for _ in range(3):
+        run.forward()
+    assert not {2, 3} & set(run.names())
+    assert run.streamer.after[run.layers[1]] is run.layers[4]
+    assert [layer._v.n_pins for layer in run.layers] == [0] * 6
+    run.layers[2]._v.take_away()
+    for _ in range(2):
+        assert run.forward() == []
+    assert 2 in run.names()
+    # By this others know that it streams.
+    assert run.layers[2]._v_signature is None
+    assert run.streamer.after[run.layers[1]] is run.layers[2]
+
+
+def test_who_finds_a_kept_weight_after_a_drop_waits_for_its_copy(machine):
+    """By then the signature says that it is there, and nobody borrows it from the streamer any more."""
+    run = machine(layers_of(60, 60, 60))
+    for _ in range(2):
+        for layer in run.layers:
+            layer._v.take_away()
+            layer._v.fits = True
+        run.use(run.layers[0])
+        if not run.streamer.sent:
+            run.forward(run.layers[1:])
+    assert run.streamer.sent[run.layers[1]].place is None
+    assert run.streamer.buffer is None
+    run.streamer.reset()
+    assert run.layers[1]._v.n_pins == 0
+    run.use(run.layers[1])
+
+
+def test_a_layer_that_a_load_has_taken_away_is_not_sent_ahead(machine):
+    """A LoRA patches its bias, which the host does, or has enlarged it, so that it has no slot any more."""
+    run = machine(layers_of(60, 60, 60, 60))
+    run.forward()
+    run.streamer.reset()
+    run.layers[1].streamer = None
+    del run.layers[1]._v
+    run.names()
+    for _ in range(2):
+        assert run.forward([run.layers[number] for number in (0, 2, 3)]) == []
+    assert set(run.names()) == {0, 2, 3}
+
+
+def test_what_is_larger_than_the_ring_is_left_to_the_host(machine):
+    """A layer that was not among the paged ones when the ring's size was chosen."""
+    run = machine(layers_of(60, 60, 60, 60))
+    run.layers.insert(2, Layer(9, 300))
+    run.layers[2].streamer = run.streamer
+    for _ in range(3):
+        assert run.forward() == [run.layers[2]]
+
+
+def test_reset_gives_everything_back_and_the_next_forward_needs_nothing_of_it(machine):
+    run = machine(layers_of(60, 60, 60, 60))
+    run.forward()
+    run.layers[2]._v.fits = True
+    run.use(run.layers[0])
+    held = list(run.streamer.sent.values())
+    assert {sent.place is None for sent in held} == {True, False}
+    run.streamer.reset()
+    assert not run.streamer.sent and not run.streamer.ring.taken and not run.streamer.biases
+    assert run.streamer.buffer is None
+    assert [layer._v.n_pins for layer in run.layers] == [0] * 4
+    # Who gets the memory next computes after the copies into it.
+    assert all(sent.ready in run.compute.known for sent in held)
+    run.readers.clear()
+    assert run.forward() == run.forward() == []
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_without_pinned_pages_the_host_brings_the_weights(machine, caplog, asked_for):
+    """It is said where the system refused, not where nobody asked."""
+    streaming.log_unpinned.cache_clear()
+    file = SimpleNamespace(is_pinned=lambda: False, is_asked_for=asked_for)
+    run = machine(layers_of(60, 60), (file,))
+    with caplog.at_level(logging.INFO, "gguf_native"):
+        assert run.forward() == run.forward() == run.layers
+    assert [message.split(",")[0] for message in caplog.messages] == [
+        "GGUF Native: this system does not let the GPU read a file's pages where they are"
+    ] * asked_for
+    # After the next load it is asked again.
+    file.is_pinned = lambda: True
+    run.streamer.reset()
+    assert run.forward() == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_forwards_with_memory_that_comes_and_goes(machine, seed):
+    choose = random.Random(seed)
+    run = machine(layers_of(*(choose.randrange(1, 120) for _ in range(choose.randrange(2, 30)))))
+    for _ in range(30):
+        for layer in choose.sample(run.layers, len(run.layers) // 4):
+            if layer._v.n_pins == 0:
+                layer._v.take_away()
+                layer._v.fits = choose.random() < 0.5
+        path = [layer for layer in run.layers if choose.random() < 0.9]
+        assert run.forward(path) == []
+        if choose.random() < 0.2:
+            run.streamer.reset()
+            run.readers.clear()
+    run.streamer.reset()
+    assert all(layer._v.n_pins == 0 for layer in run.layers)
+
+
+def test_the_file_of_a_layer_is_noted_at_its_storage():
+    layer, file = Layer(0, 4), object()
+    assert pinned_file_of(layer) is None
+    layer.weight._qdata.untyped_storage()._gguf_native_file = file
+    assert pinned_file_of(layer) is file
