@@ -57,6 +57,7 @@ class PackedPatching:
     def partially_unload(self, device_to, memory_to_free=0, *args, **kwargs):
         """Decoded weights leave before packed ones: they only save time."""
         forget_graphs(self.model)
+        stop_streaming(self.model)
         cache = cache_of(self.model)
         given_up = cache.give_up() if cache is not None else 0
         if given_up >= memory_to_free:

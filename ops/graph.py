@@ -135,8 +135,9 @@ class ForwardGraphs:
 
     def _recorded(self, run: Callable, again: tuple, inputs: list, weights: object) -> Recording:
         graph, (args, kwargs) = torch.cuda.CUDAGraph(), again
-        # Other threads may use the GPU meanwhile.
-        with self.workspace.apart(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # Where recording fails, torch leaves its own stream current. Other threads may use the GPU meanwhile.
+        back = torch.cuda.stream(torch.cuda.current_stream())
+        with back, self.workspace.apart(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = run(*args, **kwargs)
         return Recording(graph, inputs, output, weights)
 

@@ -14,6 +14,7 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 import comfy.cli_args
 import comfy.hooks
 import comfy.model_management as mm
+import comfy.model_patcher
 import comfy.sd
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from gguf_native.config import settings
@@ -36,8 +37,10 @@ def inference(host):
         yield
 
 
-def load(samples):
-    return load_diffusion_model(str(samples.gguf(FLUX, "Q4_K")))
+@pytest.fixture(scope="module")
+def path(samples) -> str:
+    """Made before DynamicVRAM is on, under which the host's models have no weights of their own."""
+    return str(samples.gguf(FLUX, "Q4_K"))
 
 
 def record(patcher) -> ForwardGraphs | None:
@@ -49,8 +52,8 @@ def record(patcher) -> ForwardGraphs | None:
 
 
 @pytest.fixture
-def patcher(samples):
-    return load(samples)
+def patcher(path):
+    return load_diffusion_model(path)
 
 
 def with_lora(model, adapter: str = "lora", strength: float = 1.0):
@@ -73,8 +76,8 @@ def test_only_for_a_gpu_of_nvidia_and_where_the_setting_is_on(patcher, monkeypat
     assert graphs_of(patcher.clone().model.diffusion_model) is graphs_of(patcher.model.diffusion_model)
 
 
-def test_on_a_cpu_the_forward_runs_as_ever(samples, patcher):
-    expected = sample(load(samples), FLUX, 4)
+def test_on_a_cpu_the_forward_runs_as_ever(path, patcher):
+    expected = sample(load_diffusion_model(path), FLUX, 4)
     asked = spied(record(patcher))
     assert torch.equal(sample(patcher, FLUX, 4), expected)
     assert len(asked) == 4
@@ -148,7 +151,9 @@ def test_what_no_model_reads_does_not_tell_forwards_apart():
 def test_other_wrappers_tell_forwards_apart():
     """Hooks bring them for a part of the prompt."""
     of_models = {ATTACHMENT: [replaying], "theirs": [print], None: [print]}
-    asked = through(lambda x, transformer_options: None, OPTIONS | {"wrappers": {WrappersMP.DIFFUSION_MODEL: of_models}})
+    asked = through(
+        lambda x, transformer_options: None, OPTIONS | {"wrappers": {WrappersMP.DIFFUSION_MODEL: of_models}}
+    )
     assert asked.kwargs["transformer_options"]["wrappers"] == ["theirs", "None"]
 
 
@@ -322,30 +327,26 @@ def test_a_lora_has_recordings_forgotten(patcher, forgotten):
         assert forgotten()
 
 
-@pytest.mark.usefixtures("dynamic_vram_on_cpu")
-def test_so_it_does_under_dynamic_vram(samples):
-    patcher = load(samples)
+def test_so_it_does_under_dynamic_vram(path, dynamic_vram_on_cpu):
+    patcher = load_diffusion_model(path)
     kept = patcher.model.diffusion_model.gguf_native_graphs = Forgetful()
     for n_loads, model in enumerate((with_lora(patcher), with_lora(patcher, strength=0.5), patcher)):
         model.partially_load(CPU)
         assert kept.n_forgotten > n_loads
 
 
-@pytest.mark.parametrize(
-    "leave",
-    [
-        lambda patcher: patcher.partially_unload(CPU, 1),
-        lambda patcher: patcher.detach(),
-        lambda patcher: patcher.cleanup(),
-    ],
-    ids=["unloaded in part", "unloaded", "after sampling"],
-)
-def test_weights_that_leave_have_recordings_forgotten_before(patcher, forgotten, monkeypatch, leave):
+@pytest.mark.parametrize(("leave", "arguments"), [("partially_unload", (CPU, 1)), ("detach", ())])
+def test_recordings_are_forgotten_before_weights_leave(patcher, forgotten, monkeypatch, leave, arguments):
     order = []
     monkeypatch.setattr(graphs_of(patcher.model.diffusion_model), "reset", lambda: order.append("forgotten"))
-    monkeypatch.setattr(torch.nn.Module, "to", lambda *args, **kwargs: order.append("moved"))
-    leave(patcher)
-    assert order[0] == "forgotten"
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, leave, lambda *of: order.append("left") or 1)
+    getattr(patcher, leave)(*arguments)
+    assert order[:2] == ["forgotten", "left"]
+
+
+def test_recordings_are_forgotten_after_sampling(patcher, forgotten):
+    patcher.cleanup()
+    assert forgotten()
 
 
 def test_a_sampling_ends_with_nothing_recorded(patcher, forgotten):

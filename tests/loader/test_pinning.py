@@ -13,6 +13,7 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 
 import comfy.cli_args
 import comfy.model_management as mm
+import comfy.model_patcher
 import comfy.sd
 from gguf_native.loader import model_patcher
 from gguf_native.loader.diffusion_model import load_diffusion_model
@@ -119,14 +120,20 @@ class Stream:
         self.device = device
 
 
+@pytest.fixture(scope="module")
+def path(samples):
+    """Made before DynamicVRAM is on, under which the host's models have no weights of their own."""
+    return samples.gguf(FLUX, "Q4_K")
+
+
 @pytest.fixture
-def base(samples, dynamic_vram_on_cpu, monkeypatch, system):
+def base(path, dynamic_vram_on_cpu, monkeypatch, system):
     """A model under DynamicVRAM, with slots in place of GPU memory and files in place of pinned ones."""
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    patcher = load_diffusion_model(str(samples.gguf(FLUX, "Q4_K")))
+    patcher = load_diffusion_model(str(path))
     layers, file = packed_layers(patcher.model).values(), None
     for layer in layers:
-        assert pinned_file_of(layer).nbytes == samples.gguf(FLUX, "Q4_K").stat().st_size
+        assert pinned_file_of(layer).nbytes == path.stat().st_size
         assert file in (None, pinned_file_of(layer))
         file = pinned_file_of(layer)
     file = File(500, system.done)
@@ -210,8 +217,8 @@ def test_unpinned_after_the_last_copy_and_counted_no_more(base, system):
 @pytest.mark.parametrize("ask", ["partially_unload_ram", "unregister_inactive_pins"])
 def test_the_host_has_the_pages_back_when_it_asks_for_weights(base, monkeypatch, ask):
     rest = []
-    for owner in (comfy.model_patcher.ModelPatcherDynamic,):
-        monkeypatch.setattr(owner, ask, lambda self, nbytes, subsets: rest.append((nbytes, tuple(subsets))) or 30)
+    host = comfy.model_patcher.ModelPatcherDynamic
+    monkeypatch.setattr(host, ask, lambda self, nbytes, subsets: rest.append((nbytes, tuple(subsets))) or 30)
     stream_from_files(base.model, GPU)
     free = getattr(base, ask)
     # What ends with each prompt: the patches alone.
@@ -237,21 +244,46 @@ def test_a_model_that_goes_takes_its_pages_along(base, system):
     assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
 
 
-def test_the_ring_is_given_back_when_sampling_ends(base, monkeypatch):
+@pytest.mark.parametrize(
+    "leave",
+    [lambda patcher: patcher.cleanup(), lambda patcher: patcher.partially_unload(CPU, 1)],
+    ids=["after sampling", "when memory is asked for"],
+)
+def test_the_ring_is_given_back(base, monkeypatch, leave):
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcherDynamic, "partially_unload", lambda *arguments: 0)
     stream_from_files(base.model, GPU)
     streamer, resets = streamer_of(base.model), []
     monkeypatch.setattr(streamer, "reset", lambda: resets.append(None))
-    base.cleanup()
+    leave(base)
     assert resets == [None]
 
 
-def test_a_load_by_the_host_and_a_sampling_with_a_lora(base, samples):
+def test_each_load_asks_for_the_file_once_patches_have_found_their_place(base, monkeypatch):
+    seen = []
+
+    def noted(model, device):
+        qkv = model.diffusion_model.double_blocks[0].img_attn.qkv
+        seen.append((device, qkv.side_path is not None, qkv.bias_lowvram_function is not None))
+
+    monkeypatch.setattr(model_patcher, "stream_from_files", noted)
+    for layer in packed_layers(base.model).values():
+        layer.__dict__.pop("_v", None)
+    with_lora(base).partially_load(CPU)
+    base.partially_load(CPU)
+    assert seen == [(CPU, True, True), (CPU, False, False)]
+
+
+def with_lora(model):
+    """One that patches a bias too."""
+    named = {f"diffusion_model.{LAYER}.{end}": of for end, of in ADAPTERS["bias"]((768, 256)).items()}
+    return comfy.sd.load_lora_for_models(model, None, tensors(named, 0), 1.0, 0)[0]
+
+
+def test_a_load_by_the_host_and_a_sampling_with_a_lora(base, path):
     """All of it in the host's own order, on the CPU, where nothing is borrowed from a streamer."""
     for layer in packed_layers(base.model).values():
         layer.__dict__.pop("_v", None)
-    named = {f"diffusion_model.{LAYER}.{end}": of for end, of in ADAPTERS["bias"]((768, 256)).items()}
-    patched = comfy.sd.load_lora_for_models(base, None, tensors(named, 0), 1.0, 0)[0]
-    expected = sample(load_diffusion_model(str(samples.gguf(FLUX, "Q4_K"))), FLUX, 1)
-    sample(patched, FLUX, 1)
+    expected = sample(load_diffusion_model(str(path)), FLUX, 1)
+    sample(with_lora(base), FLUX, 1)
     assert torch.equal(sample(base, FLUX, 1), expected)
     assert streamer_of(base.model) is None

@@ -160,6 +160,7 @@ class Graph:
     """In place of torch.cuda.CUDAGraph: computes the same again, into the same memory."""
 
     clock: Clock
+    stream: str  # the current one
     n_replays = 0
 
     def __init__(self):
@@ -204,6 +205,7 @@ class Model:
         expected = self.compute(x.clone(), options, control)
         out = self.graphs.forward(self.run, (x.as_subclass(OnGPU),), kwargs, options)
         assert torch.equal(out, expected)
+        assert Graph.stream == "usual"
         return out
 
     def steps(self, n: int, **others) -> list[int]:
@@ -224,24 +226,36 @@ NEVER = [1, 1, 1, 1, 1]
 @pytest.fixture
 def model(monkeypatch) -> Model:
     """A forward that launches for 84 ms what takes 47, as Flux at 512x512; there is no GPU, the arithmetic is real."""
-    made, Graph.n_replays, Graph.clock = Model(), 0, Clock(84, 47)
+    made, Graph.n_replays, Graph.clock, Graph.stream = Model(), 0, Clock(84, 47), "usual"
 
     @contextmanager
     def capture(graph_: Graph, capture_error_mode: str):
         assert capture_error_mode == "thread_local"
-        made.is_capturing = True
+        made.is_capturing, Graph.stream = True, "for recording"
         try:
             with Recorder(graph_.steps) as recorder:
                 yield
         finally:
             made.is_capturing = False
+        # As torch does it: not where recording fails.
+        Graph.stream = "usual"
         for tensor, before in reversed(recorder.before):
             tensor.copy_(before)
+
+    @contextmanager
+    def on_stream(stream: str):
+        before, Graph.stream = Graph.stream, stream
+        try:
+            yield
+        finally:
+            Graph.stream = before
 
     monkeypatch.setattr(graph, "time", SimpleNamespace(perf_counter=lambda: Graph.clock.perf_counter()))
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Graph.clock.event(enable_timing))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Graph.stream)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 << 20)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: Graph.clock.synchronize())
     return made
@@ -447,7 +461,7 @@ def on_device(monkeypatch):
         blocks.cuda()
         graphs = ForwardGraphs(Workspace(), lambda x, options: None, always_there)
         with torch.inference_mode():
-            for number in range(5):
+            for _ in range(5):
                 x = torch.randn(2, 64, device="cuda")
                 options = {"cond_or_uncond": [0], "sample_sigmas": ENOUGH.cuda(), "sigmas": torch.rand(1).cuda()}
                 expected = blocks(x, options)
@@ -474,4 +488,5 @@ def test_on_a_gpu_a_forward_that_looks_at_a_value_is_not_recorded(on_device, sai
     (message,) = said()
     assert message.startswith("off: this model's forward cannot be recorded (")
     # The GPU is none the worse for it.
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.ones(2, device="cuda").sum().item() == 2

@@ -114,6 +114,7 @@ def test_a_refusal_is_kept_and_its_error_is_taken_from_cuda(path, runtime, monke
 def test_it_is_unregistered_before_the_mapping_goes(path, runtime):
     file = opened(path)
     mapping = runtime.alive = weakref.ref(file.mapping)
+    handle = file.file  # the host has it too
     file.pin(CPU)
     assert file.is_pinned()
     del file
@@ -121,6 +122,7 @@ def test_it_is_unregistered_before_the_mapping_goes(path, runtime):
     assert runtime.registered == []
     assert runtime.was_alive == [True]
     assert mapping() is None
+    assert not handle.closed
 
 
 def test_nothing_is_told_at_the_end_of_the_process(path, runtime):
