@@ -1,5 +1,6 @@
 """When the forward of a diffusion model may be recorded as a CUDA graph: what of that only the host knows."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,11 +26,17 @@ def record_forwards(patcher, workspace: Workspace) -> None:
     model, device = patcher.model, patcher.load_device
     if not settings().enable_cuda_graph or device.type != "cuda" or torch.version.hip is not None:
         return
-    modules = list(model.modules())
+    # Weak: a model that holds what holds it would stay until the garbage collector comes.
+    the_model, layers = (
+        weakref.ref(model),
+        [weakref.ref(m) for m in model.modules() if hasattr(m, "comfy_cast_weights")],
+    )
     model.diffusion_model.gguf_native_graphs = ForwardGraphs(
         workspace,
-        lambda x, options: why_not(model, device, x, options),
-        lambda: held_weights(modules, device, getattr(model, "dynamic_vbars", {}).get(device)),
+        lambda x, options: why_not(the_model(), device, x, options),
+        lambda: held_weights(
+            [layer() for layer in layers], device, getattr(the_model(), "dynamic_vbars", {}).get(device)
+        ),
     )
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ATTACHMENT, replaying)
 

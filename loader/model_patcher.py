@@ -306,6 +306,9 @@ def unpin_files(model: torch.nn.Module) -> int:
     for file in pinned:
         file.unpin()
         mm.TOTAL_PINNED_MEMORY -= file.nbytes
+    # The next load makes another; layers that hold what holds them would stay until the garbage collector comes.
+    for layer in packed_layers(model).values():
+        layer.streamer = None
     return sum(file.nbytes for file in pinned)
 
 

@@ -143,7 +143,8 @@ class PackedWeight:
     def give_back(self, weight: torch.Tensor, bias: torch.Tensor | None, token) -> None:
         """After the last use of what `borrow` gave."""
         if isinstance(token, Sent):
-            self.streamer.give_back(token)
+            # The layer itself may have lost it meanwhile, to a system that needs the memory.
+            token.streamer.give_back(token)
         else:
             comfy.ops.uncast_bias_weight(self, weight, bias, token)
 

@@ -62,6 +62,7 @@ class Ring:
 class Sent:
     """A weight on its way to the GPU or there: packed `weight`, `bias` or None, and the event of its arrival."""
 
+    streamer: "Streamer"
     layer: torch.nn.Module
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -154,7 +155,7 @@ class Streamer:
     def _send(self, layer: torch.nn.Module) -> Sent | None:
         signature = vbar_fault(layer._v)
         if vbar_signature_compare(signature, layer._v_signature):
-            return Sent(layer, layer._v_weight, layer._v_bias, None, None)
+            return Sent(self, layer, layer._v_weight, layer._v_bias, None, None)
         return self._send_into_ring(layer) if signature is None else self._send_to_stay(layer, signature)
 
     def _send_to_stay(self, layer: torch.nn.Module, signature: object) -> Sent:
@@ -174,7 +175,7 @@ class Streamer:
                 bias.copy_(layer.bias, non_blocking=True)
             weight._qdata.copy_(source, non_blocking=True)
         layer._v_weight, layer._v_bias, layer._v_signature = weight, bias, signature
-        return Sent(layer, weight, bias, self.stream.record_event(), None)
+        return Sent(self, layer, weight, bias, self.stream.record_event(), None)
 
     def _send_into_ring(self, layer: torch.nn.Module) -> Sent | None:
         source = layer.weight._qdata
@@ -194,7 +195,7 @@ class Streamer:
         with torch.cuda.stream(self.stream):
             blocks.copy_(source, non_blocking=True)
         ready = self.stream.record_event()
-        return Sent(layer, on_other_memory(layer.weight, blocks), self._bias(layer), ready, place)
+        return Sent(self, layer, on_other_memory(layer.weight, blocks), self._bias(layer), ready, place)
 
     def _bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Biases are small: they stay."""
