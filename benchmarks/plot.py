@@ -66,6 +66,8 @@ def memory() -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), names, fontsize=6)
     axes.invert_yaxis()
+    # Room for what stands behind the longest bar.
+    axes.set_xlim(0, 1.25 * max(row["ratio"] for row in rows))
     axes.set_xlabel("time of a step / that of its reference (peak VRAM of sampling)")
     save(figure, "memory.svg")
 

@@ -1,4 +1,4 @@
-"""The UNet of SDXL with random weights as GGUF: matrices in Q8_0, convolutions in 16 bits. 3 GB.
+"""The UNet of SDXL with random weights as GGUF: matrices of the transformers in Q8_0, others in 16 bits. 3 GB.
 
     python benchmarks/sdxl_file.py COMFYUI FOLDER
 

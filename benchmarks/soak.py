@@ -4,7 +4,8 @@ the one that the same run gives with all the memory.
     python benchmarks/soak.py COMFYUI FOLDER [--cap GB] [--runs 100] [--seconds S] [arguments of flux_run.py]
 
 FOLDER holds the models, flux-*.gguf and sdxl.gguf. The runs are the same for every --cap; run it without first, which
-keeps the latents in FOLDER. Prints what fails or differs, and adds a row to results/soak.json.
+keeps the latents in FOLDER. Prints how many were compared and what fails or differs, and adds a row to
+results/soak.json.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def runs() -> list[Run]:
 def main() -> None:
     torch.set_grad_enabled(False)
     cap, began = flux_run.options.cap, time.monotonic()
-    done, failed, different = 0, [], []
+    done, compared, failed, different = 0, 0, [], []
     with torch.inference_mode():
         models = {file: flux_run.load_diffusion_model(str(file)) for file in files}
         # torch's attention rounds otherwise in a process's first forward, with ComfyUI's own weights too.
@@ -74,9 +75,11 @@ def main() -> None:
                 continue
             if cap is None:
                 torch.save(latent, kept)
-            elif kept.is_file() and not torch.equal(torch.load(kept), latent):
-                different.append(str(run))
-    row = {"runs": done, "failed": failed, "different": different, "seconds": round(time.monotonic() - began)}
+            elif kept.is_file():
+                compared += 1
+                different += [] if torch.equal(torch.load(kept), latent) else [str(run)]
+    row = {"runs": done, "compared": compared, "failed": failed, "different": different}
+    row["seconds"] = round(time.monotonic() - began)
     print("SOAK", json.dumps({"cap": cap} | row), flush=True)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}

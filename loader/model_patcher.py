@@ -48,6 +48,9 @@ class PackedPatching:
 
     def partially_load(self, device_to, *args, **kwargs):
         residency.make_room(self)
+        # Nobody tells a text encoder or a VAE that it is done.
+        for patcher in residency.idle_beside(self):
+            stop_streaming(patcher.model)
         return super().partially_load(device_to, *args, **kwargs)
 
     def loaded_size(self):
@@ -269,7 +272,9 @@ def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
         streamer.reset()
     elif paged and device.type == "cuda":
         files = list({id(file): file for file in map(pinned_file_of, paged)}.values())
-        streamer = Streamer(device, files, max(layer.weight._qdata.nbytes for layer in paged))
+        # A table of words, of which one is larger than many a model, is wanted once: what does not fit is the host's.
+        sizes = [layer.weight._qdata.nbytes for layer in paged if not isinstance(layer, GGUFOps.Embedding)]
+        streamer = Streamer(device, files, max(sizes, default=0))
     may = streamer is not None and pin_files(streamer.files, device)
     for layer in packed_layers(model).values():
         layer.streamer = streamer if may and layer in paged else None
@@ -277,11 +282,10 @@ def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
 
 def pin_files(files: list[PinnedFile], device: torch.device) -> bool:
     """Pin what is not pinned yet, within what the host allows itself; whether that is so."""
-    new = [file for file in files if not file.is_asked_for]
-    if not new:
+    n_bytes, args = sum(file.nbytes for file in files if not file.is_asked_for), comfy.cli_args.args
+    if not n_bytes:
         return True
-    n_bytes, args = sum(file.nbytes for file in new), comfy.cli_args.args
-    if args.disable_pinned_memory or args.fast_disk:
+    if args.disable_pinned_memory or args.fast_disk or mm.MAX_PINNED_MEMORY <= 0:
         return False
     if not SYSTEM_CAN:
         log_unpinned()
@@ -289,27 +293,39 @@ def pin_files(files: list[PinnedFile], device: torch.device) -> bool:
     if not mm.ensure_pin_budget(n_bytes) or not mm.ensure_pin_registerable(n_bytes):
         log_too_large_to_pin()
         return False
-    mm.TOTAL_PINNED_MEMORY += n_bytes
-    for file in new:
-        file.pin(device)
+    # To make room the host may have had the other parts of a split file unpinned.
+    for file in files:
+        if not file.is_asked_for:
+            mm.TOTAL_PINNED_MEMORY += file.nbytes
+            file.pin(device)
     return True
 
 
 def unpin_files(model: torch.nn.Module) -> int:
     """Bytes that the host counts as pinned no more."""
-    streamer = streamer_of(model)
-    pinned = [file for file in streamer.files if file.is_asked_for] if streamer is not None else []
-    if pinned:
-        streamer.reset()
-        # A copy from the file may be under way.
-        torch.cuda.synchronize(streamer.device)
-    for file in pinned:
+    layers = packed_layers(model).values()
+    files = {id(file): file for file in map(pinned_file_of, layers) if file is not None and file.is_asked_for}
+    if files:
+        stop_streaming(model)
+        if getattr(model, "current_patcher", None) is not None:
+            log_unpinned_while_sampling()
+    for file in files.values():
+        # A copy from it may be under way.
+        torch.cuda.synchronize(file.device)
         file.unpin()
         mm.TOTAL_PINNED_MEMORY -= file.nbytes
     # The next load makes another; layers that hold what holds them would stay until the garbage collector comes.
-    for layer in packed_layers(model).values():
+    for layer in layers:
         layer.streamer = None
-    return sum(file.nbytes for file in pinned)
+    return sum(file.nbytes for file in files.values())
+
+
+@cache
+def log_unpinned_while_sampling() -> None:
+    log.info(
+        "GGUF Native: something else needs pinned RAM while a model samples, so until it is done its weights go to the "
+        "GPU through ComfyUI's own buffers, which is slower."
+    )
 
 
 @cache

@@ -38,6 +38,12 @@ def make_room(patcher) -> None:
         _unload(others[: max(0, surplus)], f"max_parallel_models is {limits.max_parallel_models}")
 
 
+def idle_beside(patcher) -> list:
+    """The loaded models of this pack that are not at work, but for `patcher` and its clones."""
+    others = [loaded for loaded in mm.current_loaded_models if _is_idle(loaded) and not patcher.is_clone(loaded.model)]
+    return [loaded.model for loaded in others if role_of(loaded.model) is not None]
+
+
 def leave_after_use(patcher) -> None:
     """After sampling: in aggressive mode the diffusion model leaves at once, so that decoding has the memory."""
     if settings().memory_mode == "aggressive" and role_of(patcher) == DIFFUSION:

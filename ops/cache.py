@@ -6,7 +6,8 @@ never hits. A fixed subset is kept instead, those first whose decoding takes lon
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,6 +111,17 @@ class DecodedCache:
         if nbytes:
             self.kept, self.is_settled = {}, True
         return nbytes
+
+    @contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """Within it nothing is chosen or filled: what a CUDA graph records has not been done, and may never be."""
+        state = self.kept, self.is_settled
+        self.kept = {key: kept for key, kept in self.kept.items() if kept.filled_with is not NOTHING}
+        self.is_settled = True
+        try:
+            yield
+        finally:
+            self.kept, self.is_settled = state
 
     def find(self, blocks: torch.Tensor, type: str, shape: tuple[int, ...], dtype: torch.dtype) -> Kept | None:
         """The memory of a weight that is kept, filled or yet to be, or None for one that is not."""

@@ -195,8 +195,12 @@ def rebuilt(value: object, tensors: Iterator[torch.Tensor]):
 
 
 def mapped(change: Callable[[torch.Tensor], torch.Tensor], value):
-    """A tensor, or lists and tuples of them, changed."""
-    return change(value) if isinstance(value, torch.Tensor) else type(value)(mapped(change, item) for item in value)
+    """The same with its tensors changed, within lists, tuples and dicts too."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: mapped(change, item) for key, item in value.items()}
+    return type(value)(mapped(change, item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def tensors_of(value) -> list[torch.Tensor]:

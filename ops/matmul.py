@@ -1,7 +1,7 @@
 """Matrix products with a packed weight: exact, in float8, in int8; and its decoding, whole or by rows."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -51,7 +51,8 @@ class Workspace:
                 decode(blocks, type, change, kept.values)
                 kept.filled_with = change
             return kept.values
-        changed_at = None if change is None else tuple(tensor.data_ptr() for tensor in change)
+        # Factors of another rank may lie where those before them lay.
+        changed_at = None if change is None else (*(tensor.data_ptr() for tensor in change), change[0].shape)
         key = (blocks.data_ptr(), type, shape, dtype, current_device(blocks), changed_at)
         if (done := self.done.get(key)) is not None:
             out, again = done
@@ -96,7 +97,8 @@ class Workspace:
         kept = self.buffers, self.done
         self.buffers, self.done = {}, {}
         try:
-            yield
+            with nullcontext() if self.cache is None else self.cache.as_it_is():
+                yield
         finally:
             self.buffers, self.done = kept
 

@@ -26,11 +26,13 @@ class PinnedFile:
 
     def __init__(self, mapping: mmap.mmap, file: BinaryIO):
         self.mapping, self.file, self.nbytes = mapping, file, len(mapping)
+        self.device: torch.device | None = None
         self.pinning: Future | None = None
         self.release: weakref.finalize | None = None
 
     def pin(self, device: torch.device) -> None:
         """Begin to pin, in the background; `is_pinned` waits for it."""
+        self.device = device
         self.pinning = IN_BACKGROUND.submit(self._register, device)
 
     @property

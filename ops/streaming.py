@@ -179,16 +179,13 @@ class Streamer:
 
     def _send_into_ring(self, layer: torch.nn.Module) -> Sent | None:
         source = layer.weight._qdata
+        if self.buffer is None and not self._make_buffer():
+            return None
         found = self.ring.take(source.nbytes)
         if found is None:
             return None
         place, before = found
         layer._v_signature = None
-        if self.buffer is None:
-            # Not an inference tensor: the model may also run outside inference mode.
-            with torch.inference_mode(False):
-                self.buffer = torch.empty(self.ring_bytes, dtype=torch.uint8, device=self.device)
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
         for done in before:
             self.stream.wait_event(done)
         blocks = self.buffer[place.start : place.start + source.nbytes].view(source.shape)
@@ -196,6 +193,19 @@ class Streamer:
             blocks.copy_(source, non_blocking=True)
         ready = self.stream.record_event()
         return Sent(self, layer, on_other_memory(layer.weight, blocks), self._bias(layer), ready, place)
+
+    def _make_buffer(self) -> bool:
+        """The ring's memory; without room for it the host's smaller buffers serve until sampling ends."""
+        try:
+            # Not an inference tensor: the model may also run outside inference mode.
+            with torch.inference_mode(False):
+                self.buffer = torch.empty(self.ring_bytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError:
+            self.works = False
+            log_no_ring(self.ring_bytes)
+            return False
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        return True
 
     def _bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Biases are small: they stay."""
@@ -227,4 +237,13 @@ def log_unpinned() -> None:
     log.info(
         "GGUF Native: this system does not let the GPU read a file's pages where they are, so weights go to the GPU "
         "through ComfyUI's own buffers, which is slower."
+    )
+
+
+@cache
+def log_no_ring(n_bytes: int) -> None:
+    log.info(
+        "GGUF Native: there is no room for the %d MB of GPU memory that weights are sent ahead into, so they go there "
+        "through ComfyUI's own buffers, which is slower.",
+        n_bytes >> 20,
     )

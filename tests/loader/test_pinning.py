@@ -19,6 +19,7 @@ from gguf_native.loader import model_patcher
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.model_patcher import packed_layers, pin_files, stream_from_files, streamer_of, unpin_files
 from gguf_native.ops import streaming
+from gguf_native.ops.layers import GGUFOps
 from gguf_native.ops.streaming import pinned_file_of
 
 FLUX = "tiny_flux_256"
@@ -36,7 +37,7 @@ class File:
 
     def pin(self, device: torch.device) -> None:
         self.done.append(("pin", self.nbytes, device))
-        self.is_asked_for = True
+        self.is_asked_for, self.device = True, device
 
     def unpin(self) -> None:
         self.done.append(("unpin", self.nbytes))
@@ -54,6 +55,7 @@ def system(host, monkeypatch) -> SimpleNamespace:
     model_patcher.log_too_large_to_pin.cache_clear()
     streaming.log_unpinned.cache_clear()
     monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", PINNED_BEFORE)
+    monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 1 << 40)
     monkeypatch.setattr(mm, "ensure_pin_budget", lambda nbytes: asked.append(nbytes) or room.budget)
     monkeypatch.setattr(mm, "ensure_pin_registerable", lambda nbytes: asked.append(nbytes) or room.registerable)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(("synchronize", device)))
@@ -143,6 +145,8 @@ def base(path, dynamic_vram_on_cpu, monkeypatch, system):
         if layer.weight._qdata.nbytes > 2**14:
             layer._v = None
     yield patcher
+    # The model may go when the stand-ins are gone already.
+    file.is_asked_for = False
     for layer in layers:
         layer.streamer = None
         layer.__dict__.pop("_v", None)
@@ -163,6 +167,16 @@ def test_layers_with_a_slot_share_a_streamer(base):
     stream_from_files(base.model, GPU)
     assert streamer_of(base.model) is streamer
     assert streamer.after and streamer.works is None
+
+
+def test_the_ring_is_not_sized_by_a_table_of_words(base, monkeypatch):
+    with_slot = [layer for layer in packed_layers(base.model).values() if hasattr(layer, "_v")]
+    largest = max(with_slot, key=lambda layer: layer.weight._qdata.nbytes)
+    monkeypatch.setattr(streaming, "LOOK_AHEAD", 0)
+    monkeypatch.setattr(largest, "__class__", GGUFOps.Embedding)
+    stream_from_files(base.model, GPU)
+    others = [layer.weight._qdata.nbytes for layer in with_slot if isinstance(layer, GGUFOps.Linear)]
+    assert streamer_of(base.model).ring_bytes == 2 * max(others)
 
 
 def test_another_gpu_gets_another_streamer(base):
@@ -256,6 +270,21 @@ def test_the_ring_is_given_back(base, monkeypatch, leave):
     monkeypatch.setattr(streamer, "reset", lambda: resets.append(None))
     leave(base)
     assert resets == [None]
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_the_ring_is_given_back_when_another_model_loads(base, monkeypatch, path, used):
+    """Of a text encoder, say, which nobody tells that it is done; not if both are wanted at a time."""
+    loaded = SimpleNamespace(model=base, currently_used=used, device=GPU)
+    monkeypatch.setattr(mm, "current_loaded_models", [loaded])
+    other = load_diffusion_model(str(path))
+    stream_from_files(base.model, GPU)
+    resets = []
+    monkeypatch.setattr(streamer_of(base.model), "reset", lambda: resets.append(None))
+    base.clone().partially_load(CPU)
+    assert resets == []
+    other.partially_load(CPU)
+    assert resets == [None] * (not used)
 
 
 def test_each_load_asks_for_the_file_once_patches_have_found_their_place(base, monkeypatch):

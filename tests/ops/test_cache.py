@@ -146,6 +146,25 @@ def test_a_layer_that_decodes_twice_at_a_time_ends_no_forward():
     assert set(model.kept()) == {0, 1, 2, 3}
 
 
+def test_what_a_graph_records_chooses_and_fills_nothing():
+    """It has not been done when it is recorded, and never is where recording fails."""
+    model = Model(limit=MEGABYTE)
+    model.forward()
+    with model.workspace.apart():
+        model.forward()
+    assert model.kept() == []
+    for blocks, (name, shape) in zip(model.blocks[:2], LAYERS[:2], strict=True):
+        model.workspace.decode(blocks, name, shape, model.dtype)
+    assert model.kept() == [0, 1, 2, 3]
+    filled = [kept.filled_with for kept in model.cache.kept.values()]
+    with model.workspace.apart():
+        inside = model.forward()
+    assert [kept.filled_with for kept in model.cache.kept.values()] == filled
+    values = {kept.values.data_ptr() for kept in model.cache.kept.values()}
+    assert [address in values for address in inside] == [True, True, False, False]
+    assert set(model.forward()) == values
+
+
 def test_given_up_until_sampling_ends():
     model = Model(limit=MEGABYTE)
     for _ in range(3):

@@ -1,5 +1,7 @@
 """The workspace that the layers of a model decode into: on a GPU where there is one, else on the CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,10 +9,12 @@ from samples import random_blocks
 
 pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed: there are no packed weights")
 
+from gguf_native.ops import matmul
 from gguf_native.ops.dequantize import dequantize
 from gguf_native.ops.eight_bits import RowScales, quantize_rows_into, row_scales
 from gguf_native.ops.formats import FORMATS
 from gguf_native.ops.layout import pack
+from gguf_native.ops.low_rank import LowRank
 from gguf_native.ops.matmul import Workspace, decode_weight, linear, linear_few_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,6 +87,23 @@ def test_dtypes_and_factors_in_turn():
         factors, of_rows = scales[torch.int8]
         weaker = workspace.decode(blocks, name, shape, torch.int8, RowScales(factors / 2, of_rows))
         assert weaker.abs().max() == 64
+
+
+def test_factors_of_another_rank_where_others_lay(monkeypatch):
+    """A LoRA whose memory one of another rank has taken: what is done again is not what was done for the first."""
+
+    def decode(blocks, name, change, out):
+        again = partial(out.fill_, len(change.down))
+        again()
+        return again
+
+    monkeypatch.setattr(matmul, "decode", decode)
+    workspace, (name, (n_rows, n_columns)) = Workspace(), SMALL
+    blocks, down, up = blocks_of(*SMALL), torch.zeros(32, n_columns), torch.zeros(n_rows * 32)
+    for rank in (16, 32, 16):
+        factors = LowRank(down[:rank], up[: n_rows * rank].view(n_rows, rank))
+        assert (workspace.decode(blocks, name, (n_rows, n_columns), torch.float32, factors) == rank).all()
+    assert len(workspace.done) == 2
 
 
 def test_release():

@@ -445,3 +445,19 @@ def test_the_file_of_a_layer_is_noted_at_its_storage():
     assert pinned_file_of(layer) is None
     layer.weight._qdata.untyped_storage()._gguf_native_file = file
     assert pinned_file_of(layer) is file
+
+
+def test_without_room_for_the_ring_it_is_left_to_the_host_and_said_once(machine, monkeypatch, caplog):
+    streaming.log_no_ring.cache_clear()
+    run = machine(layers_of(60, 60))
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "gguf_native"):
+        patch.setattr(torch, "empty", full)
+        assert run.forward() == run.forward() == run.layers
+    assert [message.split(" for the")[0] for message in caplog.messages] == ["GGUF Native: there is no room"]
+    # Another sampling tries again.
+    run.streamer.reset()
+    assert run.forward() == []
