@@ -90,6 +90,8 @@ def why_not(model: torch.nn.Module, device: torch.device, x: torch.Tensor, optio
     missing = int(model.memory_required(list(x.shape)) + mm.minimum_inference_memory() - (free - held_by_torch))
     if not getattr(comfy.cli_args.args, "disable_comfy_compiler", True):
         return "ComfyUI records graphs itself"
+    if comfy.cli_args.args.cuda_malloc:
+        return "it was not tried with the asynchronous allocator, which --disable-cuda-malloc turns off"
     if others:
         return f"another node works around each forward ({', '.join(others)})"
     if patcher is not None and (patcher.hook_patches or patcher.forced_hooks):

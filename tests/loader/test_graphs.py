@@ -266,6 +266,11 @@ def test_a_host_that_records_graphs_itself(may, monkeypatch):
     assert may() == "ComfyUI records graphs itself"
 
 
+def test_an_allocator_with_which_it_was_not_tried(may, monkeypatch):
+    monkeypatch.setattr(comfy.cli_args.args, "cuda_malloc", True)
+    assert "--disable-cuda-malloc" in may()
+
+
 def test_held_weights_without_dynamic_vram(patcher):
     modules = list(patcher.model.modules())
     with held_weights(modules, CPU, None) as weights:
