@@ -142,9 +142,12 @@ def large(tmp_path_factory) -> Path:
 def running(large, tmp_path, folder):
     """The process of a conversion whose output has begun."""
     out = tmp_path / "out.gguf"
+    # A shell has what it starts in the background ignore interrupts, and with it what that starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, folder, "quantize", large, out, "--type", "Q2_K"], stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + WAIT_SECONDS
     while not list(tmp_path.glob("out.gguf.*.part")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
