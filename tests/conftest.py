@@ -98,6 +98,16 @@ def dynamic_vram_on_cpu(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(dynamic, "__new__", staticmethod(lambda cls, *arguments, **options: object.__new__(cls)))
 
 
+@pytest.fixture
+def one_thread(host: ModuleType) -> Iterator[None]:
+    """Inference mode in one thread: small pictures gain nothing by more, and on busy cores those wait."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(n_threads)
+
+
 @pytest.fixture(scope="session", name="samples")
 def sample_models(comfyui: Path) -> ModuleType:
     """host.samples: sample(name), gguf(name, type_name, naming), decoded(name, type_name, dtype) return paths."""

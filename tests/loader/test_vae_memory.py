@@ -20,15 +20,7 @@ REACH = 19
 PIXELS = 8
 STEP = 1 / 255
 
-
-@pytest.fixture(autouse=True)
-def inference(host):
-    """One thread: small tiles gain nothing by more, and on busy cores those wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -27,15 +27,7 @@ CHANNELS = {"tiny_flux_vae": 16, "tiny_sd15_vae": 4}
 SMALL = {"ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "in_channels": 3, "resolution": 16}
 DECODER = SMALL | {"z_channels": 4, "attn_resolutions": []}
 
-
-@pytest.fixture(autouse=True)
-def inference(host):
-    """One thread: on busy cores two wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
