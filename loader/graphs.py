@@ -12,9 +12,8 @@ from comfy_aimdo.model_vbar import vbar_fault, vbar_signature_compare, vbar_unpi
 
 from ..config import settings
 from ..ops.graph import ForwardGraphs
-from ..ops.layers import PackedWeight
-from ..ops.layout import is_packed
 from ..ops.matmul import Workspace
+from .packed_layers import packed_layers
 from .residency import ATTACHMENT
 
 # Of `transformer_options`, what changes from call to call and no model reads.
@@ -27,16 +26,11 @@ def record_forwards(patcher, workspace: Workspace) -> None:
     if not settings().enable_cuda_graph or device.type != "cuda" or torch.version.hip is not None:
         return
     # Weak: a model that holds what holds it would stay until the garbage collector comes.
-    the_model, layers = (
-        weakref.ref(model),
-        [weakref.ref(m) for m in model.modules() if hasattr(m, "comfy_cast_weights")],
-    )
+    the_model = weakref.ref(model)
     model.diffusion_model.gguf_native_graphs = ForwardGraphs(
         workspace,
         lambda x, options: why_not(the_model(), device, x, options),
-        lambda: held_weights(
-            [layer() for layer in layers], device, getattr(the_model(), "dynamic_vbars", {}).get(device)
-        ),
+        lambda: held_weights(the_model(), device),
     )
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ATTACHMENT, replaying)
 
@@ -84,57 +78,48 @@ def other_wrappers(options: dict) -> list[str]:
 
 def why_not(model: torch.nn.Module, device: torch.device, x: torch.Tensor, options: dict) -> str | None:
     """Why the forward may not be recorded now, or None."""
-    patcher, modules = model.current_patcher, list(model.modules())
-    others = other_wrappers(options)
-    free, held_by_torch = mm.get_free_memory(device, torch_free_too=True)
-    missing = int(model.memory_required(list(x.shape)) + mm.minimum_inference_memory() - (free - held_by_torch))
     if not getattr(comfy.cli_args.args, "disable_comfy_compiler", True):
         return "ComfyUI records graphs itself"
     if comfy.cli_args.args.cuda_malloc:
         return "it was not tried with the asynchronous allocator, which --disable-cuda-malloc turns off"
-    if others:
+    if others := other_wrappers(options):
         return f"another node works around each forward ({', '.join(others)})"
+    patcher, layers = model.current_patcher, packed_layers(model).values()
     if patcher is not None and (patcher.hook_patches or patcher.forced_hooks):
         return "hooks change weights while the model samples"
-    if any(layer.side_path is not None and layer.side_path.rewrite is not None for layer in packed(modules)):
+    if any(layer.side_path is not None and layer.side_path.rewrite is not None for layer in layers):
         return "adapters without a low-rank form rebuild weights at every use"
-    if not all(map(is_resident, paged(modules))):
+    paged = [module for module in model.modules() if hasattr(module, "_v")]
+    resident = all(layer.weight._qdata.device == device for layer in layers if not hasattr(layer, "_v"))
+    if not resident or not all(map(is_resident, paged)):
         return "weights stream"
-    if missing > 0:
-        return f"{missing >> 20} MB more would have to be free"
-    return None
+    free, held_by_torch = mm.get_free_memory(device, torch_free_too=True)
+    missing = int(model.memory_required(list(x.shape)) + mm.minimum_inference_memory() - (free - held_by_torch))
+    return f"{missing >> 20} MB more would have to be free" if missing > 0 else None
+
+
+def is_resident(module: torch.nn.Module) -> bool:
+    """Whether DynamicVRAM has kept what a module's weight was sent to; one that streams is not asked for."""
+    if module._v_signature is None:
+        return False
+    signature = vbar_fault(module._v)
+    if signature is not None:
+        vbar_unpin(module._v)
+    return vbar_signature_compare(signature, module._v_signature)
 
 
 @contextmanager
-def held_weights(modules: list[torch.nn.Module], device: torch.device, vbar) -> Iterator[object | None]:
+def held_weights(model: torch.nn.Module, device: torch.device) -> Iterator[object]:
     """See `ForwardGraphs`. DynamicVRAM gives pages back and tells by their signature; the legacy patcher tells us."""
+    vbar = getattr(model, "dynamic_vbars", {}).get(device)
     if vbar is None:
-        yield all(layer.weight._qdata.device == device for layer in packed(modules)) or None
-        return
-    # To ask for all pages would bring in what does not fit.
-    streams = any(layer._v_signature is None for layer in paged(modules))
-    everything = vbar, vbar.base_addr, vbar.offset
-    signature = None if streams else vbar_fault(everything)
-    if signature is None:
         yield None
         return
+    everything = vbar, vbar.base_addr, vbar.offset
+    signature = vbar_fault(everything)
     try:
-        yield bytes(signature)
+        # What has no room is like nothing that was recorded.
+        yield object() if signature is None else bytes(signature)
     finally:
-        vbar_unpin(everything)
-
-
-def packed(modules: list[torch.nn.Module]) -> list[PackedWeight]:
-    return [layer for layer in modules if isinstance(layer, PackedWeight) and is_packed(layer.weight)]
-
-
-def paged(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Those whose weights DynamicVRAM pages in. Looking into a module is cheaper than asking it for what it lacks."""
-    return [module for module in modules if "_v" in module.__dict__]
-
-
-def is_resident(layer: torch.nn.Module) -> bool:
-    """Whether the memory of a layer whose pages are held is the one that its weight was sent to."""
-    signature = vbar_fault(layer._v)
-    vbar_unpin(layer._v)
-    return vbar_signature_compare(signature, layer._v_signature)
+        if signature is not None:
+            vbar_unpin(everything)

@@ -4,7 +4,6 @@ import logging
 from functools import cache
 from typing import NamedTuple
 
-import comfy.cli_args
 import comfy.lora
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -15,18 +14,16 @@ import torch
 from ..config import settings
 from ..ops.cache import DecodedCache
 from ..ops.layers import GGUFOps, PackedWeight
-from ..ops.layout import is_packed
 from ..ops.lora import n_loras, side_path
 from ..ops.matmul import Workspace
-from ..ops.pinned_file import SYSTEM_CAN, PinnedFile
-from ..ops.streaming import Streamer, log_unpinned, pinned_file_of
 from . import residency
+from .file_streaming import stop_streaming, stream_from_files, unpin_files
 from .graphs import forget_graphs, record_forwards
+from .packed_layers import block_layers, packed_layer, packed_layers, unpatched_slots
 from .residency import ATTACHMENT, DIFFUSION
 
 log = logging.getLogger("gguf_native")
 told = set()  # What is said once for the process
-
 
 # The kinds of pinned memory that the host's functions take by default.
 EVERY_PIN = ("weights-loaded", "patches-loaded", "weights", "patches")
@@ -120,17 +117,15 @@ class ModelPatcherDynamic(PackedPatching, comfy.model_patcher.ModelPatcherDynami
             layer._v_signature = slots[layer]
 
     def partially_unload_ram(self, ram_to_unload, subsets=EVERY_PIN):
-        """A file's pages first: the system has them, or the disk."""
-        freed = unpin_files(self.model) if "weights" in subsets else 0
-        if freed >= ram_to_unload:
-            return freed
-        return freed + super().partially_unload_ram(ram_to_unload - freed, subsets)
+        return self._pages_first(super().partially_unload_ram, ram_to_unload, subsets)
 
     def unregister_inactive_pins(self, ram_to_unload, subsets=EVERY_PIN):
+        return self._pages_first(super().unregister_inactive_pins, ram_to_unload, subsets)
+
+    def _pages_first(self, free_others, n_bytes, subsets):
+        """Free a file's pages, which the system or the disk has anyway, and only then what the host would; bytes."""
         freed = unpin_files(self.model) if "weights" in subsets else 0
-        if freed >= ram_to_unload:
-            return freed
-        return freed + super().unregister_inactive_pins(ram_to_unload - freed, subsets)
+        return freed if freed >= n_bytes else freed + free_others(n_bytes - freed, subsets)
 
     def cleanup(self):
         stop_streaming(self.model)
@@ -226,116 +221,6 @@ def room_for_decoded(device: torch.device) -> int:
     return int(free - taken - mm.minimum_inference_memory())
 
 
-def packed_layer(model: torch.nn.Module, key: str) -> PackedWeight | None:
-    """The layer whose packed weight has this key in the model, if there is one."""
-    name, _, parameter = key.rpartition(".")
-    layer = comfy.utils.get_attr(model, name) if parameter == "weight" else None
-    return layer if isinstance(layer, PackedWeight) and is_packed(layer.weight) else None
-
-
-def packed_layers(model: torch.nn.Module) -> dict[str, PackedWeight]:
-    """All layers whose weight is packed, by the weight's key in the model."""
-    return {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, PackedWeight) and is_packed(module.weight)
-    }
-
-
-def unpatched_slots(model: torch.nn.Module) -> dict[PackedWeight, object]:
-    """Layers whose slot of DynamicVRAM is for a packed weight and bias as the file has them -> the slot's signature."""
-    return {
-        layer: layer._v_signature
-        for layer in packed_layers(model).values()
-        if hasattr(layer, "_v") and getattr(layer, "bias_lowvram_function", None) is None
-    }
-
-
-def streamer_of(model: torch.nn.Module) -> Streamer | None:
-    """The one that the packed layers of a model share."""
-    return next((layer.streamer for layer in packed_layers(model).values() if layer.streamer is not None), None)
-
-
-def stop_streaming(model: torch.nn.Module) -> None:
-    """Give back the GPU memory of what was sent ahead; the next forward begins anew."""
-    streamer = streamer_of(model)
-    if streamer is not None:
-        streamer.reset()
-
-
-def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
-    """Have the layers that DynamicVRAM pages in take their weights from the pinned file, if there is RAM for that."""
-    # A patched bias is the host's affair.
-    paged = {layer for layer in unpatched_slots(model) if pinned_file_of(layer)}
-    streamer = streamer_of(model)
-    if streamer is not None and streamer.device == device:
-        streamer.reset()
-    elif paged and device.type == "cuda":
-        files = list({id(file): file for file in map(pinned_file_of, paged)}.values())
-        # A table of words, of which one is larger than many a model, is wanted once: what does not fit is the host's.
-        sizes = [layer.weight._qdata.nbytes for layer in paged if not isinstance(layer, GGUFOps.Embedding)]
-        streamer = Streamer(device, files, max(sizes, default=0))
-    may = streamer is not None and pin_files(streamer.files, device)
-    for layer in packed_layers(model).values():
-        layer.streamer = streamer if may and layer in paged else None
-
-
-def pin_files(files: list[PinnedFile], device: torch.device) -> bool:
-    """Pin what is not pinned yet, within what the host allows itself; whether that is so."""
-    n_bytes, args = sum(file.nbytes for file in files if not file.is_asked_for), comfy.cli_args.args
-    if not n_bytes:
-        return True
-    if args.disable_pinned_memory or args.fast_disk or mm.MAX_PINNED_MEMORY <= 0:
-        return False
-    if not SYSTEM_CAN:
-        log_unpinned()
-        return False
-    if not mm.ensure_pin_budget(n_bytes) or not mm.ensure_pin_registerable(n_bytes):
-        log_too_large_to_pin()
-        return False
-    # To make room the host may have had the other parts of a split file unpinned.
-    for file in files:
-        if not file.is_asked_for:
-            mm.TOTAL_PINNED_MEMORY += file.nbytes
-            file.pin(device)
-    return True
-
-
-def unpin_files(model: torch.nn.Module) -> int:
-    """Bytes that the host counts as pinned no more."""
-    layers = packed_layers(model).values()
-    files = {id(file): file for file in map(pinned_file_of, layers) if file is not None and file.is_asked_for}
-    if files:
-        stop_streaming(model)
-        if getattr(model, "current_patcher", None) is not None:
-            log_unpinned_while_sampling()
-    for file in files.values():
-        # A copy from it may be under way.
-        torch.cuda.synchronize(file.device)
-        file.unpin()
-        mm.TOTAL_PINNED_MEMORY -= file.nbytes
-    # The next load makes another; layers that hold what holds them would stay until the garbage collector comes.
-    for layer in layers:
-        layer.streamer = None
-    return sum(file.nbytes for file in files.values())
-
-
-@cache
-def log_unpinned_while_sampling() -> None:
-    log.info(
-        "GGUF Native: something else needs pinned RAM while a model samples, so until it is done its weights go to the "
-        "GPU through ComfyUI's own buffers, which is slower."
-    )
-
-
-@cache
-def log_too_large_to_pin() -> None:
-    log.info(
-        "GGUF Native: a model's file does not fit into RAM beside what is there, so its weights go to the GPU through "
-        "ComfyUI's own buffers, which is slower."
-    )
-
-
 def all_beside(patcher) -> bool:
     """Whether all patches, those of the last load and those of this patcher, are side paths of packed weights."""
     packed = packed_layers(patcher.model)
@@ -345,24 +230,6 @@ def all_beside(patcher) -> bool:
     if changed or any(functions) or any(functions_of_biases):
         return False
     return all(key in packed and not _is_resized(packed[key], key, of) for key, of in patcher.patches.items())
-
-
-# Chroma's guidance and the token refiners of HunyuanVideo are lists of layers too.
-EMBEDDING_NAMES = ("guidance", "embed", "time", "txt_in", "refiner")
-
-
-def block_layers(model: torch.nn.Module) -> list[GGUFOps.Linear]:
-    """The linear layers of the model's repeated blocks: within a ModuleList that is not itself part of an embedding.
-
-    What lies outside is small and sensitive: projections of input and output, embeddings of time, guidance and vectors.
-    """
-    lists = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and not any(part in name for part in EMBEDDING_NAMES)
-    ]
-    layers = {layer: None for blocks in lists for layer in blocks.modules() if isinstance(layer, GGUFOps.Linear)}
-    return list(layers)
 
 
 def move_choices(model: torch.nn.Module, device: torch.device) -> None:

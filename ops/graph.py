@@ -12,12 +12,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
 
 from .matmul import Workspace
 
 log = logging.getLogger("gguf_native")
 
-PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None))
 # Values of tensors in RAM are part of what identifies a call; larger ones are no mere numbers.
 MOST_VALUES = 1024
 # Recording takes about as long as one and a half forwards; with fewer left it is not begun.
@@ -45,7 +46,7 @@ class ForwardGraphs:
     """The recordings of one model's forward, made and replayed in place of it.
 
     why_not(x, options): why nothing may be recorded now, or None. held_weights(): a context in which all weights stay
-    where they are; gives what tells them from others, or None if they are not all on the GPU.
+    where they are; gives what tells them from any that take their place.
     """
 
     def __init__(
@@ -87,10 +88,10 @@ class ForwardGraphs:
     def _replay(self, recording: Recording, tensors: list[torch.Tensor]):
         """The forward's output, or None if weights are no longer where they were."""
         with self.held_weights() as weights:
-            if weights is not None and weights == recording.weights:
+            if weights == recording.weights:
                 torch._foreach_copy_(recording.inputs, tensors)
                 recording.graph.replay()
-                return mapped(torch.clone, recording.output)
+                return tree_map_only(torch.Tensor, torch.clone, recording.output)
         self.reset()
         self._say("off for now: weights have left the GPU")
         return None
@@ -109,12 +110,11 @@ class ForwardGraphs:
         end.record()
         if not done_within(end, SHARE_OF_LAG * (time.perf_counter() - began)):
             return self._refuse(key, "off at this size: the GPU, not the processor, sets the pace", output)
+        if reason := self.why_not(tensors[0], options):
+            self._say(f"off: {reason}")
+            return output
         before = torch.cuda.memory_reserved()
         with self.held_weights() as weights:
-            reason = "weights stream" if weights is None else self.why_not(tensors[0], options)
-            if reason is not None:
-                self._say(f"off: {reason}")
-                return output
             try:
                 recording = self._recorded(run, again, inputs, weights)
             except RuntimeError as error:
@@ -167,43 +167,29 @@ def done_within(event: torch.cuda.Event, seconds: float) -> bool:
 
 def description(value: object, tensors: list[torch.Tensor]) -> Hashable:
     """What tells one call from another but the values of tensors on the GPU, which are added to `tensors`."""
-    if isinstance(value, torch.Tensor):
-        if value.is_cuda:
-            tensors.append(value)
-            return "tensor", value.shape, value.dtype
-        if value.numel() <= MOST_VALUES:
-            return "values", value.shape, value.dtype, tuple(value.flatten().tolist())
-    if isinstance(value, dict):
-        return "dict", *((key, description(item, tensors)) for key, item in value.items())
-    # A named tuple would not take its items as `rebuilt` gives them.
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value).__name__, *(description(item, tensors) for item in value)
-    if isinstance(value, PLAIN):
-        return value
-    raise NotPlainError(f"something of type {type(value).__name__} takes part in each step")
+    leaves, _ = tree_flatten_with_path(value)
+    tensors += [leaf for _, leaf in leaves if is_on_gpu(leaf)]
+    return tuple((path, leaf_description(leaf)) for path, leaf in leaves)
+
+
+def leaf_description(leaf: object) -> Hashable:
+    if is_on_gpu(leaf):
+        return "tensor", leaf.shape, leaf.dtype
+    if isinstance(leaf, torch.Tensor) and leaf.numel() <= MOST_VALUES:
+        return "values", leaf.shape, leaf.dtype, tuple(leaf.flatten().tolist())
+    if isinstance(leaf, PLAIN):
+        return leaf
+    raise NotPlainError(f"something of type {type(leaf).__name__} takes part in each step")
+
+
+def is_on_gpu(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_cuda
 
 
 def rebuilt(value: object, tensors: Iterator[torch.Tensor]):
     """`value` with its tensors on the GPU replaced, in the order of `description`."""
-    if isinstance(value, torch.Tensor):
-        return next(tensors) if value.is_cuda else value
-    if isinstance(value, dict):
-        return {key: rebuilt(item, tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(rebuilt(item, tensors) for item in value)
-    return value
+    return tree_map_only(torch.Tensor, lambda tensor: next(tensors) if tensor.is_cuda else tensor, value)
 
 
-def mapped(change: Callable[[torch.Tensor], torch.Tensor], value):
-    """The same with its tensors changed, within lists, tuples and dicts too."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: mapped(change, item) for key, item in value.items()}
-    return type(value)(mapped(change, item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def tensors_of(value) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    mapped(lambda tensor: found.append(tensor) or tensor, value)
-    return found
+def tensors_of(output: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]

@@ -1,6 +1,8 @@
 """All plain LoRAs of one weight as one pair of factors, and the two ways to apply them."""
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,8 @@ from .kernels import WHY_NONE
 
 if WHY_NONE is None:
     from .kernels import low_rank as kernel
+
+log = logging.getLogger("gguf_native")
 
 
 class LowRank(NamedTuple):
@@ -37,12 +41,22 @@ class LowRank(NamedTuple):
     def joins(self, weight: QuantizedTensor, dtype: torch.dtype) -> bool:
         """Whether decoding `weight` to `dtype` can add it: no pass over the outputs, and a rounding that was there."""
         blocks, type = weight._qdata, weight._params.type
-        return (
-            blocks.shape[0] == self.up.shape[0]
-            and has_kernel(FORMATS[type], blocks.device)
-            and kernel.why_not(type, blocks.shape[1], dtype, self.up.dtype) is None
-        )
+        if not has_kernel(FORMATS[type], blocks.device):
+            return False
+        reason = kernel.why_not(type, blocks, dtype, self.up)
+        if reason is not None:
+            log_beside(reason)
+        return reason is None
 
     def decode_into(self, blocks: torch.Tensor, type: str, out: torch.Tensor) -> Callable[[], None] | None:
         """As `dequantize.decode_into`, of W + up down in `out` [out, in], where it `joins`."""
         return kernel.decode_into(blocks, type, self.down, self.up, out)
+
+
+@cache
+def log_beside(reason: str) -> None:
+    log.info(
+        "GGUF Native: the LoRAs of some layers are two products of their own and do not join the weight as it is "
+        "decoded, which is slower: %s.",
+        reason,
+    )

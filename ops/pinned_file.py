@@ -8,6 +8,7 @@ import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
+import comfy.model_management
 import torch
 
 # Only there do GPU drivers lock the pages of a file.
@@ -56,7 +57,7 @@ class PinnedFile:
         with torch.cuda.device(device):
             code = torch.cuda.cudart().cudaHostRegister(address_of(self.mapping), self.nbytes, READ_ONLY)
             if int(code) != 0:
-                forget_error(device)
+                comfy.model_management.discard_cuda_async_error()
                 return False
         # Before the mapping goes, which this holds; what is left at the process's end, the system takes.
         self.release = weakref.finalize(self, unregister, self.mapping)
@@ -66,15 +67,6 @@ class PinnedFile:
 
 def unregister(mapping: mmap.mmap) -> None:
     torch.cuda.cudart().cudaHostUnregister(address_of(mapping))
-
-
-def forget_error(device: torch.device) -> None:
-    """CUDA reports an error again at the next call, whatever that is; let it be this one."""
-    try:
-        torch.zeros(1, device=device)
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        pass
 
 
 def address_of(mapping: mmap.mmap) -> int:

@@ -63,13 +63,15 @@ def decode_low_rank_kernel(
     tl.store(place, result.to(out.dtype.element_ty), mask=row[:, None] < n_rows)
 
 
-def why_not(name: str, row_bytes: int, out_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
-    """Why the kernel does not serve a matrix with rows of so many bytes, or None."""
+def why_not(name: str, blocks: torch.Tensor, dtype: torch.dtype, up: torch.Tensor) -> str | None:
+    """Why the kernel does not add to the values of uint8 [n_rows, row_bytes] in `dtype`, or None."""
     block_format = FORMATS[name]
-    if row_bytes // block_format.block_bytes * block_format.block_size % COLUMNS_AT_ONCE:
-        return f"rows are no multiple of {COLUMNS_AT_ONCE} values"
-    if out_dtype != factor_dtype or out_dtype not in (torch.float16, torch.bfloat16):
-        return "the tensor cores want 16 bits for both"
+    # Rows that are not whole blocks lie as [n_blocks, block_bytes].
+    is_by_rows = blocks.shape[0] == up.shape[0]
+    if not is_by_rows or blocks.shape[1] // block_format.block_bytes * block_format.block_size % COLUMNS_AT_ONCE:
+        return f"their rows are no multiple of {COLUMNS_AT_ONCE} values"
+    if dtype != up.dtype or dtype not in (torch.float16, torch.bfloat16):
+        return "the tensor cores want the same 16 bits for both"
     return None
 
 

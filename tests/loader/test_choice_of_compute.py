@@ -11,7 +11,7 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 from gguf_native.config import settings
 from gguf_native.loader import diffusion_model, text_encoder
 from gguf_native.loader.diffusion_model import load_diffusion_model
-from gguf_native.loader.model_patcher import packed_layers
+from gguf_native.loader.packed_layers import packed_layers
 from gguf_native.loader.text_encoder import load_text_encoder
 from gguf_native.loader.vae import load_vae
 from gguf_native.ops import compute

@@ -23,7 +23,7 @@ from gguf_native.loader.errors import (
     UnknownModelError,
     WrongShapeError,
 )
-from gguf_native.loader.model_patcher import packed_layers
+from gguf_native.loader.packed_layers import packed_layers
 from gguf_native.ops.formats import FORMATS
 from host import quantise
 from sampling import relative_error, sample

@@ -271,35 +271,40 @@ def test_an_allocator_with_which_it_was_not_tried(may, monkeypatch):
     assert "--disable-cuda-malloc" in may()
 
 
-def test_held_weights_without_dynamic_vram(patcher):
-    modules = list(patcher.model.modules())
-    with held_weights(modules, CPU, None) as weights:
-        assert weights is True
+def test_weights_that_are_elsewhere_without_dynamic_vram(patcher, may):
     layer = patcher.model.diffusion_model.double_blocks[0].img_attn.qkv
     layer.weight = torch.nn.Parameter(layer.weight.to("meta"), requires_grad=False)
-    with held_weights(modules, CPU, None) as weights:
-        assert weights is None
+    assert may() == "weights stream"
+
+
+def test_a_weight_that_went_through_the_ring_is_not_asked_for(patcher, may):
+    pages = Pages(5)
+    layer = patcher.model.diffusion_model.double_blocks[0].img_attn.qkv
+    layer._v, layer._v_signature = pages.slot(0), None
+    pages.fault = None
+    assert may() == "weights stream"
+
+
+def test_without_dynamic_vram_weights_stay_until_it_is_said(patcher):
+    with held_weights(patcher.model, CPU) as weights, held_weights(patcher.model, CPU) as again:
+        assert weights == again
 
 
 def test_held_weights_under_dynamic_vram():
     """All pages are held, and their numbers tell them from those that take their place."""
     pages = Pages(1, 2, 3)
-    layers = [SimpleNamespace(_v=pages.slot(page), _v_signature=object()) for page in range(3)]
+    model = SimpleNamespace(dynamic_vbars={GPU: pages})
     seen = []
-    for serial in (2, 2, 9, None, 2):
+    for serial in (2, 2, 9, None, None, 2):
         pages.serials[1] = serial
-        with held_weights(layers, GPU, pages) as weights:
+        with held_weights(model, GPU) as weights:
             assert pages.n_pins == (serial is not None)
             seen.append(weights)
         assert pages.n_pins == 0
-    first, same, other, nothing, last = seen
+    first, same, other, nothing, nothing_again, last = seen
     assert first == same == last != other
-    assert nothing is None
-    # One that was never there, or went through the ring.
-    layers[2]._v_signature = None
-    with held_weights(layers, GPU, pages) as weights:
-        assert weights is None
-    with pytest.raises(KeyError), held_weights(layers[:2], GPU, pages):
+    assert nothing not in (first, other, nothing_again)
+    with pytest.raises(KeyError), held_weights(model, GPU):
         raise KeyError
     assert pages.n_pins == 0
 

@@ -15,7 +15,7 @@ import comfy.sd
 from gguf_native.config import settings
 from gguf_native.loader import model_patcher
 from gguf_native.loader.diffusion_model import load_diffusion_model
-from gguf_native.loader.model_patcher import packed_layers
+from gguf_native.loader.packed_layers import packed_layers
 
 FLUX = "tiny_flux_256"
 LAYERS = {"double_blocks.0.img_attn.qkv": (768, 256), "single_blocks.1.linear1": (1792, 256)}

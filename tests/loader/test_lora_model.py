@@ -18,7 +18,7 @@ import folder_paths
 from comfy_extras import nodes_hooks, nodes_model_merging
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.lora import LoraMismatchError, apply_lora
-from gguf_native.loader.model_patcher import packed_layers
+from gguf_native.loader.packed_layers import packed_layers
 from gguf_native.loader.text_encoder import load_text_encoder
 from gguf_native.nodes.apply_lora import LoraLoaderGGUF
 from host import quantise

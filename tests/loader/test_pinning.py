@@ -15,9 +15,10 @@ import comfy.cli_args
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
-from gguf_native.loader import model_patcher
+from gguf_native.loader import file_streaming, model_patcher
 from gguf_native.loader.diffusion_model import load_diffusion_model
-from gguf_native.loader.model_patcher import packed_layers, pin_files, stream_from_files, streamer_of, unpin_files
+from gguf_native.loader.file_streaming import pin_files, stream_from_files, streamer_of, unpin_files
+from gguf_native.loader.packed_layers import packed_layers
 from gguf_native.ops import streaming
 from gguf_native.ops.layers import GGUFOps
 from gguf_native.ops.streaming import pinned_file_of
@@ -52,14 +53,14 @@ def system(host, monkeypatch) -> SimpleNamespace:
     """A machine with a GPU and room, and what was asked of it."""
     done, asked = [], []
     room = SimpleNamespace(budget=True, registerable=True)
-    model_patcher.log_too_large_to_pin.cache_clear()
+    file_streaming.log_too_large_to_pin.cache_clear()
     streaming.log_unpinned.cache_clear()
     monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", PINNED_BEFORE)
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 1 << 40)
     monkeypatch.setattr(mm, "ensure_pin_budget", lambda nbytes: asked.append(nbytes) or room.budget)
     monkeypatch.setattr(mm, "ensure_pin_registerable", lambda nbytes: asked.append(nbytes) or room.registerable)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(("synchronize", device)))
-    monkeypatch.setattr(model_patcher, "SYSTEM_CAN", True)
+    monkeypatch.setattr(file_streaming, "SYSTEM_CAN", True)
     monkeypatch.setattr(comfy.cli_args.args, "disable_pinned_memory", False)
     monkeypatch.setattr(comfy.cli_args.args, "fast_disk", False)
     with torch.inference_mode():
@@ -109,7 +110,7 @@ def test_the_hosts_options_keep_files_from_being_pinned(system, files, caplog, m
 
 
 def test_systems_that_pin_no_files(system, files, caplog, monkeypatch):
-    monkeypatch.setattr(model_patcher, "SYSTEM_CAN", False)
+    monkeypatch.setattr(file_streaming, "SYSTEM_CAN", False)
     (message,) = refused(system, files, caplog)
     assert message.startswith("GGUF Native: this system does not let the GPU read a file's pages where they are")
     assert system.asked == []

@@ -12,7 +12,7 @@ import comfy.sd
 from comfy.model_patcher import ModelPatcherDynamic
 from gguf_native.config import settings
 from gguf_native.loader.errors import IncompleteModelError, UnknownModelError, WrongShapeError
-from gguf_native.loader.model_patcher import packed_layers
+from gguf_native.loader.packed_layers import packed_layers
 from gguf_native.loader.vae import load_vae
 from gguf_native.ops.formats import FORMATS
 from host import quantise

@@ -1,7 +1,6 @@
 """Forwards recorded and replayed: what tells two calls apart, when a recording is made, and what turns it off."""
 
 import logging
-from collections import namedtuple
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed: there are no packed weights")
 
 from gguf_native.ops import graph
-from gguf_native.ops.graph import MOST_VALUES, ForwardGraphs, NotPlainError, description, mapped, rebuilt, tensors_of
+from gguf_native.ops.graph import MOST_VALUES, ForwardGraphs, NotPlainError, description, rebuilt, tensors_of
 from gguf_native.ops.matmul import Workspace
 
 ENOUGH = torch.linspace(1, 0, graph.LEAST_REPLAYS + 3)
@@ -65,7 +64,15 @@ def test_small_tensors_in_ram_count_by_value():
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [(3.5, 4.0), ("a", "b"), (None, False), ([1, 2], (1, 2)), ({"a": 1}, {"b": 1}), (torch.float16, torch.bfloat16)],
+    [
+        (3.5, 4.0),
+        ("a", "b"),
+        (None, False),
+        ([1, 2], [1, 3]),
+        ([1, 2], [1]),
+        ({"a": 1}, {"b": 1}),
+        (torch.float16, torch.bfloat16),
+    ],
 )
 def test_plain_values_tell_calls_apart(one, other):
     first, again, second = described({"options": one}, {"options": one}, {"options": other})
@@ -81,9 +88,8 @@ def test_plain_values_tell_calls_apart(one, other):
         ({"patches_replace": {"dit": {("double_block", 0): print}}}, "builtin_function_or_method"),
         ([torch.nn.Identity()], "Identity"),
         ({1, 2}, "set"),
-        (namedtuple("Pair", "a b")(1, 2), "Pair"),
     ],
-    ids=["function", "object", "patch", "module", "set", "named tuple"],
+    ids=["function", "object", "patch", "module", "set"],
 )
 def test_what_may_do_anything_is_refused_by_its_name(value, name):
     with pytest.raises(NotPlainError, match=f"something of type {name} takes part in each step"):
@@ -108,9 +114,7 @@ def test_rebuilt_has_the_new_tensors_in_the_places_of_the_old():
 def test_outputs_may_be_nested():
     one, two = torch.ones(1), torch.zeros(2)
     assert [tensor.tolist() for tensor in tensors_of((one, [two, one]))] == [[1], [0, 0], [1]]
-    changed = mapped(torch.clone, (one, [two]))
-    assert isinstance(changed, tuple) and isinstance(changed[1], list)
-    assert torch.equal(changed[1][0], two) and changed[1][0] is not two
+    assert tensors_of({"sample": one, "more": None}) == [one]
 
 
 class Clock:
@@ -347,12 +351,6 @@ def test_off_for_this_sampling_for_a_reason_of_the_host(model, said, reason):
     model.reason = None
     model.graphs.reset()
     assert model.steps(5) == RECORDED
-
-
-def test_off_where_weights_are_not_all_on_the_gpu(model, said):
-    model.place = None
-    assert model.steps(5) == NEVER
-    assert said() == ["off: weights stream."]
 
 
 def test_off_where_something_that_may_do_anything_takes_part(model, said):

@@ -55,8 +55,17 @@ def test_dtypes(dtype):
     assert_close(*decoded("Q8_0", 40, 768, 16, dtype), dtype)
 
 
-def test_where_it_does_not_serve():
-    assert low_rank.why_not("Q8_0", 34 * 8, torch.bfloat16, torch.bfloat16) is None
-    assert "multiple" in low_rank.why_not("Q8_0", 34 * 9, torch.bfloat16, torch.bfloat16)
-    assert "16 bits" in low_rank.why_not("Q4_K", 144, torch.float32, torch.float32)
-    assert "16 bits" in low_rank.why_not("Q4_K", 144, torch.bfloat16, torch.float32)
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "up", "reason"),
+    [
+        ("Q8_0", (6, 34 * 8), torch.bfloat16, torch.bfloat16, None),
+        ("Q8_0", (6, 34 * 9), torch.bfloat16, torch.bfloat16, "rows are no multiple of 256"),
+        ("Q4_K", (9, 144), torch.bfloat16, torch.bfloat16, "rows are no multiple of 256"),
+        ("Q4_K", (6, 144), torch.float32, torch.float32, "16 bits"),
+        ("Q4_K", (6, 144), torch.bfloat16, torch.float32, "16 bits"),
+    ],
+)
+def test_where_it_serves(name, shape, dtype, up, reason):
+    blocks, up = torch.zeros(shape, dtype=torch.uint8), torch.zeros(6, 4, dtype=up)
+    why_not = low_rank.why_not(name, blocks, dtype, up)
+    assert why_not is None if reason is None else reason in why_not
