@@ -87,6 +87,9 @@ class Streamer:
     def _begin(self) -> None:
         self.ring = Ring(self.ring_bytes)
         self.sent: dict[torch.nn.Module, Sent] = {}
+        # The layer that the ring was begun with, and by layer where its weight was last: (start, blocks, weight).
+        self.first: torch.nn.Module | None = None
+        self.views: dict[torch.nn.Module, tuple] = {}
         self.last: torch.nn.Module | None = None
         self.works: bool | None = None  # not known before the files are pinned or refused
 
@@ -181,18 +184,34 @@ class Streamer:
         source = layer.weight._qdata
         if self.buffer is None and not self._make_buffer():
             return None
+        if layer is self.first:
+            # So that each forward has the places of the last one, and what was prepared for an address serves again.
+            self.ring.head = 0
         found = self.ring.take(source.nbytes)
         if found is None:
             return None
         place, before = found
+        if self.first is None:
+            self.first = layer
         layer._v_signature = None
         for done in before:
             self.stream.wait_event(done)
-        blocks = self.buffer[place.start : place.start + source.nbytes].view(source.shape)
+        blocks, weight = self._view(layer, place.start)
         with torch.cuda.stream(self.stream):
             blocks.copy_(source, non_blocking=True)
         ready = self.stream.record_event()
-        return Sent(self, layer, on_other_memory(layer.weight, blocks), self._bias(layer), ready, place)
+        return Sent(self, layer, weight, self._bias(layer), ready, place)
+
+    def _view(self, layer: torch.nn.Module, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bytes of a layer's weight in the ring and the weight over them: made once where it comes to lie again."""
+        at, *view = self.views.get(layer, (None,))
+        if at != start:
+            shape, nbytes = layer.weight._qdata.shape, layer.weight._qdata.nbytes
+            with torch.inference_mode(False):
+                blocks = self.buffer[start : start + nbytes].view(shape)
+                view = blocks, on_other_memory(layer.weight, blocks)
+            self.views[layer] = start, *view
+        return tuple(view)
 
     def _make_buffer(self) -> bool:
         """The ring's memory; without room for it the host's smaller buffers serve until sampling ends."""

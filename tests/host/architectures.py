@@ -19,7 +19,15 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 Shapes = dict[str, tuple[int, ...]]
 
 COMFY = Path(comfy.ops.__file__).parent
-ON_META = {"dtype": torch.float32, "device": "meta", "operations": comfy.ops.disable_weight_init}
+
+
+class WithWeights(comfy.ops.disable_weight_init):
+    """Under DynamicVRAM the host's own have no weights before a file gives them some."""
+
+    Linear, Embedding = torch.nn.Linear, torch.nn.Embedding
+
+
+ON_META = {"dtype": torch.float32, "device": "meta", "operations": WithWeights}
 
 
 def shapes_of(module: torch.nn.Module) -> Shapes:

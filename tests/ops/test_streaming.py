@@ -285,6 +285,19 @@ def test_the_first_forward_sends_each_weight_when_it_is_used_the_second_ahead(ma
     assert run.names() == [3, 4, 5, 6, 7, 0, 1, 2] * 5
 
 
+def test_each_forward_has_the_places_of_the_last_one(machine):
+    """So that what was prepared for an address serves again: views, and launches of the kernels."""
+    run = machine(layers_of(60, 60, 60, 60, 60))
+    run.forward()
+    views = dict(run.streamer.views)
+    assert [views[layer][0] // KB for layer in run.layers] == [0, 8, 16, 24, 0]
+    for _ in range(4):
+        run.forward()
+    assert all(run.streamer.views[layer] is view for layer, view in views.items())
+    run.streamer.reset()
+    assert not run.streamer.views
+
+
 def test_no_more_is_sent_ahead_than_the_next_layers_need(machine):
     """A ring that is large because one weight is."""
     run = machine(layers_of(480, *[60] * 8))
