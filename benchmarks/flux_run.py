@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import cache
 
 HOLD_MEMORY = """
 import sys, torch
@@ -98,21 +99,29 @@ SDXL_TEXT = 77, 2048, 1280
 has_kernel(FORMATS["Q8_0"], mm.get_torch_device())
 
 
+@cache
+def lora(number: int, rank: int, layers: tuple[tuple[str, int, int], ...]) -> dict[str, torch.Tensor]:
+    """A random LoRA for layers of (name, columns, rows)."""
+    generator, tensors = torch.Generator().manual_seed(number), {}
+    for name, n_columns, n_rows in layers:
+        for part, shape in (("down", (rank, n_columns)), ("up", (n_rows, rank))):
+            tensors[f"diffusion_model.{name}.lora_{part}.weight"] = (
+                torch.randn(shape, generator=generator).bfloat16() * 0.01
+            )
+    return tensors
+
+
 def loras(model, count: int, rank: int, strength: float = 1.0):
     """`count` random LoRAs on all attention and MLP matrices of the blocks."""
     wanted = ("attn.qkv", "attn.proj", "mlp", "linear1", "linear2")
-    layers = [
-        (name, module)
+    layers = tuple(
+        (name, module.in_features, module.out_features)
         for name, module in model.model.diffusion_model.named_modules()
         if "_blocks" in name and any(part in name for part in wanted) and hasattr(module, "in_features")
-    ]
+    )
     for number in range(count):
-        generator, tensors = torch.Generator().manual_seed(number), {}
-        for name, layer in layers:
-            for part, shape in (("down", (rank, layer.in_features)), ("up", (layer.out_features, rank))):
-                values = torch.randn(shape, generator=generator).bfloat16() * 0.01
-                tensors[f"diffusion_model.{name}.lora_{part}.weight"] = values
-        model, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0.0)
+        # The host takes away what it has read.
+        model, _ = comfy.sd.load_lora_for_models(model, None, dict(lora(number, rank, layers)), strength, 0.0)
     return model
 
 

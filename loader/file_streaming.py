@@ -7,7 +7,7 @@ import comfy.cli_args
 import comfy.model_management as mm
 import torch
 
-from ..ops.layers import GGUFOps
+from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.pinned_file import SYSTEM_CAN, PinnedFile
 from ..ops.streaming import Streamer, log_unpinned, pinned_file_of
 from .packed_layers import packed_layers, unpatched_slots
@@ -38,10 +38,16 @@ def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
         files = list({id(file): file for file in map(pinned_file_of, paged)}.values())
         # A table of words, of which one is larger than many a model, is wanted once: what does not fit is the host's.
         sizes = [layer.weight._qdata.nbytes for layer in paged if not isinstance(layer, GGUFOps.Embedding)]
-        streamer = Streamer(device, files, max(sizes, default=0))
+        streamer = Streamer(device, files, max(sizes, default=0), next(iter(paged)).workspace.weights_stream)
     may = streamer is not None and pin_files(streamer.files, device)
-    for layer in packed_layers(model).values():
-        layer.streamer = streamer if may and layer in paged else None
+    set_streamer(model, dict.fromkeys(paged, streamer) if may else {})
+
+
+def set_streamer(model: torch.nn.Module, streamers: dict[torch.nn.Module, Streamer]) -> None:
+    """None for all others, those too whose weight a patch has made dense since."""
+    for layer in model.modules():
+        if isinstance(layer, PackedWeight):
+            layer.streamer = streamers.get(layer)
 
 
 def pin_files(files: list[PinnedFile], device: torch.device) -> bool:
@@ -79,8 +85,7 @@ def unpin_files(model: torch.nn.Module) -> int:
         file.unpin()
         mm.TOTAL_PINNED_MEMORY -= file.nbytes
     # The next load makes another; layers that hold what holds them would stay until the garbage collector comes.
-    for layer in layers:
-        layer.streamer = None
+    set_streamer(model, {})
     return sum(file.nbytes for file in files.values())
 
 

@@ -85,8 +85,9 @@ class Kept:
 class DecodedCache:
     """Decoded weights of one model, `limit` bytes at most and no more than room(device) says when they are chosen.
 
-    The first forward shows which weights there are; they are chosen when the second one begins. Weights that stream are
-    other tensors in each forward: then nothing is kept, since memory holds three to six times as many packed weights.
+    The first forward shows which weights there are; they are chosen when the second one begins. Where weights stream
+    nothing is kept, since memory holds three to six times as many packed weights: the streamer says so, and those that
+    the host brings are other tensors in each forward.
     """
 
     def __init__(self, limit: int, room: Callable[[torch.device], int]) -> None:
@@ -149,6 +150,11 @@ class DecodedCache:
             self._keep_nothing()
         # The first forward after loading has tensors that the later ones have not.
         self.requests = {}
+
+    def weights_stream(self) -> None:
+        """Keep nothing in this sampling."""
+        if not self.is_settled:
+            self._keep_nothing()
 
     def _keep_nothing(self) -> None:
         self.is_settled, self.requests = True, {}

@@ -8,8 +8,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
@@ -28,6 +29,8 @@ LEAST_REPLAYS = 6
 SHARE_OF_LAG = 0.25
 # Of the forward's time, above which replaying is not worth its memory.
 WORTHWHILE = 0.95
+# Graphs whose recording failed.
+ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 class NotPlainError(TypeError):
@@ -113,6 +116,9 @@ class ForwardGraphs:
         if reason := self.why_not(tensors[0], options):
             self._say(f"off: {reason}")
             return output
+        # Of what torch holds free for other forwards a recording can take nothing.
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         with self.held_weights() as weights:
             try:
@@ -134,10 +140,9 @@ class ForwardGraphs:
         return output
 
     def _recorded(self, run: Callable, again: tuple, inputs: list, weights: object) -> Recording:
-        graph, (args, kwargs) = torch.cuda.CUDAGraph(), again
-        # Where recording fails, torch leaves its own stream current. Other threads may use the GPU meanwhile.
-        back = torch.cuda.stream(torch.cuda.current_stream())
-        with back, self.workspace.apart(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        args, kwargs = again
+        # What is apart goes while it still records: CUDA's asynchronous allocator knows it only there.
+        with capture() as graph, self.workspace.apart():
             output = run(*args, **kwargs)
         return Recording(graph, inputs, output, weights)
 
@@ -150,6 +155,47 @@ class ForwardGraphs:
         if what not in self.said:
             self.said.add(what)
             log.info("GGUF Native: enable_cuda_graph: %s.", what)
+
+
+@contextmanager
+def capture() -> Iterator[torch.cuda.CUDAGraph]:
+    """What is launched within it is recorded, not run; RuntimeError if that cannot be, and then nothing is left of it.
+
+    torch's own `torch.cuda.graph` leaves the stream, the generator of random numbers and the allocator recording then.
+    """
+    graph, pool, device = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        with torch.cuda.stream(recording_stream(device)):
+            try:
+                # Other threads may use the GPU meanwhile.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                yield graph
+            finally:
+                end_capture(graph, device, pool)
+    finally:
+        generator.graphsafe_set_state(state)
+
+
+@cache
+def recording_stream(device: int) -> torch.cuda.Stream:
+    """One for all: on each, cuBLAS keeps memory of its own."""
+    return torch.cuda.Stream(device)
+
+
+def end_capture(graph: torch.cuda.CUDAGraph, device: int, pool: tuple[int, int]) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        # Unless it failed after it had done that itself.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        # torch looks at it when pinned memory is asked for, as long as it believes that it records.
+        ABANDONED.append(graph)
+        raise
 
 
 def n_steps(options: dict) -> int:

@@ -102,6 +102,11 @@ class Workspace:
         finally:
             self.buffers, self.done = kept
 
+    def weights_stream(self) -> None:
+        """Memory serves packed weights better than decoded ones."""
+        if self.cache is not None:
+            self.cache.weights_stream()
+
     def release(self) -> None:
         """Give the memory back; the next use takes new."""
         self.done.clear()

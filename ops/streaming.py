@@ -7,6 +7,7 @@ layers cross the bus, so that small layers with large weights (the modulation of
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -59,11 +60,27 @@ class Ring:
 
 
 @dataclass(eq=False)
+class Source:
+    """What is asked of a streaming layer at every use: of a module each question takes microseconds."""
+
+    slot: tuple  # its part of DynamicVRAM
+    blocks: torch.Tensor  # packed, in the file
+    nbytes: int
+    may_stay: bool = True  # False once DynamicVRAM has said that there is no room
+    # Where its weight was last in the ring, the bytes there, the weight over them, and its bias on the GPU.
+    start: int | None = None
+    there: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+@dataclass(eq=False)
 class Sent:
     """A weight on its way to the GPU or there: packed `weight`, `bias` or None, and the event of its arrival."""
 
     streamer: "Streamer"
-    layer: torch.nn.Module
+    slot: tuple
+    nbytes: int
     weight: torch.Tensor
     bias: torch.Tensor | None
     ready: torch.cuda.Event | None
@@ -73,34 +90,40 @@ class Sent:
 class Streamer:
     """Sends the weights of one model from pinned files to one GPU."""
 
-    def __init__(self, device: torch.device, files: list[PinnedFile], largest: int):
-        """files: those that the weights lie in. largest: bytes of the largest weight."""
-        self.device, self.files = device, files
+    def __init__(self, device: torch.device, files: list[PinnedFile], largest: int, begins: Callable[[], None]):
+        """files: those that the weights lie in. largest: bytes of the largest weight.
+
+        begins: called in each sampling before the first weight that may not stay.
+        """
+        self.device, self.files, self.begins = device, files, begins
         self.ring_bytes = max(LOOK_AHEAD, 2 * largest)
         self.stream = torch.cuda.Stream(device)
+        self.compute: torch.cuda.Stream  # the current one at the last call from outside
         self.buffer: torch.Tensor | None = None
-        self.biases: dict[torch.nn.Module, torch.Tensor] = {}
         # Layer -> the streamed layer that the last forward used next.
         self.after: dict[torch.nn.Module, torch.nn.Module] = {}
         self._begin()
 
     def _begin(self) -> None:
         self.ring = Ring(self.ring_bytes)
+        self.sources: dict[torch.nn.Module, Source] = {}
         self.sent: dict[torch.nn.Module, Sent] = {}
-        # The layer that the ring was begun with, and by layer where its weight was last: (start, blocks, weight).
+        self.n_ahead = 0  # bytes of `sent`
+        self.in_use: Sent | None = None
+        # The layer that the ring was begun with, and the one borrowed last.
         self.first: torch.nn.Module | None = None
-        self.views: dict[torch.nn.Module, tuple] = {}
         self.last: torch.nn.Module | None = None
         self.works: bool | None = None  # not known before the files are pinned or refused
 
     def reset(self) -> None:
         """Give back what was sent and not used, and the ring: after sampling, and before it where one was cancelled."""
-        self._drop_sent()
-        if self.buffer is not None:
-            # Its memory may serve others at once.
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        if self.in_use is not None or self.sent or self.buffer is not None:
+            self.compute = torch.cuda.current_stream(self.device.index)
+            self._take_back()
+            self._drop_sent()
+            # The ring's memory may serve others at once.
+            self.compute.wait_stream(self.stream)
         self.buffer = None
-        self.biases.clear()
         self._begin()
 
     def borrow(self, layer: torch.nn.Module) -> Sent | None:
@@ -111,77 +134,106 @@ class Streamer:
                 log_unpinned()
         if not self.works:
             return None
-        sent = self.sent.pop(layer, None) or self._send(layer)
-        if sent is None:
-            # What was sent ahead fills the ring: the forward took another path than the last one.
-            self._drop_sent()
-            sent = self._send(layer)
+        self.compute = torch.cuda.current_stream(self.device.index)
+        self._take_back()
+        sent = self.sent.pop(layer, None)
+        if sent is not None:
+            self.n_ahead -= sent.nbytes
+        else:
+            sent = self._send_now(layer)
         if sent is None:
             return None
+        self.in_use = sent
         if sent.ready is not None:
-            torch.cuda.current_stream(self.device).wait_event(sent.ready)
-        if self.last not in (None, layer):
+            self.compute.wait_event(sent.ready)
+        if self.last is not None and self.last is not layer:
             self.after[self.last] = layer
         self.last = layer
-        self._send_ahead(layer)
+        # Several at once: each turn to the other stream takes the processor as long as some copies.
+        if self.n_ahead < LOOK_AHEAD // 2:
+            self._send_ahead(layer)
         return sent
 
+    def _take_back(self) -> None:
+        """Of a use that ended in an exception."""
+        if self.in_use is not None:
+            self.give_back(self.in_use)
+
     def give_back(self, sent: Sent) -> None:
+        self.in_use = None
         if sent.place is None:
-            vbar_unpin(sent.layer._v)
+            vbar_unpin(sent.slot)
         else:
-            sent.place.done = torch.cuda.current_stream(self.device).record_event()
+            sent.place.done = self.compute.record_event()
+
+    def _send_now(self, layer: torch.nn.Module) -> Sent | None:
+        if self.n_ahead >= LOOK_AHEAD // 2:
+            # The forward takes another path than the last one.
+            self._drop_sent()
+        with torch.cuda.stream(self.stream):
+            sent = self._send(layer)
+            if sent is None:
+                # What was sent ahead fills the ring.
+                self._drop_sent()
+                sent = self._send(layer)
+        return sent
 
     def _send_ahead(self, layer: torch.nn.Module) -> None:
-        n_bytes = sum(sent.weight._qdata.nbytes for sent in self.sent.values())
         tip = next(reversed(self.sent), layer)
-        while n_bytes < LOOK_AHEAD:
-            following = self.after.get(tip)
-            if following is None or following is layer or following in self.sent:
-                return
-            if following.streamer is not self:
-                # Since the last load it comes another way: a LoRA patches its bias, or has enlarged it.
-                self.after[tip] = self.after.pop(following, None)
-                continue
-            sent = self._send(following)
-            if sent is None:
-                return
-            if sent.ready is None:
-                # It is kept by now, and is borrowed without us.
-                vbar_unpin(following._v)
-                self.after[tip] = self.after.pop(following, None)
-                continue
-            self.sent[following] = sent
-            n_bytes += sent.weight._qdata.nbytes
-            tip = following
+        with torch.cuda.stream(self.stream):
+            while self.n_ahead < LOOK_AHEAD:
+                following = self.after.get(tip)
+                if following is None or following is layer or following in self.sent:
+                    return
+                if following.streamer is not self:
+                    # Since the last load it comes another way: a LoRA patches its bias, or has enlarged it.
+                    self.after[tip] = self.after.pop(following, None)
+                    continue
+                sent = self._send(following)
+                if sent is None:
+                    return
+                if sent.ready is None:
+                    # It is kept by now, and is borrowed without us.
+                    vbar_unpin(sent.slot)
+                    self.after[tip] = self.after.pop(following, None)
+                    continue
+                self.sent[following] = sent
+                self.n_ahead += sent.nbytes
+                tip = following
 
     def _send(self, layer: torch.nn.Module) -> Sent | None:
-        signature = vbar_fault(layer._v)
-        if vbar_signature_compare(signature, layer._v_signature):
-            return Sent(self, layer, layer._v_weight, layer._v_bias, None, None)
-        return self._send_into_ring(layer) if signature is None else self._send_to_stay(layer, signature)
+        source = self.sources.get(layer)
+        if source is None:
+            blocks = layer.weight._qdata
+            source = self.sources[layer] = Source(layer._v, blocks, blocks.nbytes)
+        if source.may_stay:
+            signature = vbar_fault(source.slot)
+            if vbar_signature_compare(signature, layer._v_signature):
+                return Sent(self, source.slot, source.nbytes, layer._v_weight, layer._v_bias, None, None)
+            if signature is not None:
+                return self._send_to_stay(layer, source, signature)
+        # Whom DynamicVRAM has refused it refuses until the next load, at which all of this begins anew.
+        source.may_stay = False
+        return self._send_into_ring(layer, source)
 
-    def _send_to_stay(self, layer: torch.nn.Module, signature: object) -> Sent:
+    def _send_to_stay(self, layer: torch.nn.Module, source: Source, signature: object) -> Sent:
         """Into the layer's own memory, laid out as the host does it."""
-        memory = aimdo_to_tensor(layer._v, self.device)
-        source = layer.weight._qdata
-        weight = on_other_memory(layer.weight, memory[: source.nbytes].view(source.shape))
+        memory = aimdo_to_tensor(source.slot, self.device)
+        weight = on_other_memory(layer.weight, memory[: source.nbytes].view(source.blocks.shape))
         bias = None
         if layer.bias is not None:
             dtype, start = layer.bias._model_dtype, -(-source.nbytes // ALIGNMENT) * ALIGNMENT
             bias = memory[start : start + layer.bias.numel() * dtype.itemsize].view(dtype).view(layer.bias.shape)
         # Whatever held this memory before may still be in use.
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            # A small copy of pageable memory waits for what is before it on its stream, so it comes first.
-            if bias is not None:
-                bias.copy_(layer.bias, non_blocking=True)
-            weight._qdata.copy_(source, non_blocking=True)
+        self.stream.wait_stream(self.compute)
+        # A small copy of pageable memory waits for what is before it on its stream, so it comes first.
+        if bias is not None:
+            bias.copy_(layer.bias, non_blocking=True)
+        weight._qdata.copy_(source.blocks, non_blocking=True)
         layer._v_weight, layer._v_bias, layer._v_signature = weight, bias, signature
-        return Sent(self, layer, weight, bias, self.stream.record_event(), None)
+        return Sent(self, source.slot, source.nbytes, weight, bias, self.stream.record_event(), None)
 
-    def _send_into_ring(self, layer: torch.nn.Module) -> Sent | None:
-        source = layer.weight._qdata
+    def _send_into_ring(self, layer: torch.nn.Module, source: Source) -> Sent | None:
         if self.buffer is None and not self._make_buffer():
             return None
         if layer is self.first:
@@ -193,57 +245,54 @@ class Streamer:
         place, before = found
         if self.first is None:
             self.first = layer
-        layer._v_signature = None
         for done in before:
             self.stream.wait_event(done)
-        blocks, weight = self._view(layer, place.start)
-        with torch.cuda.stream(self.stream):
-            blocks.copy_(source, non_blocking=True)
+        if source.start != place.start:
+            self._move(layer, source, place.start)
+        source.there.copy_(source.blocks, non_blocking=True)
         ready = self.stream.record_event()
-        return Sent(self, layer, weight, self._bias(layer), ready, place)
-
-    def _view(self, layer: torch.nn.Module, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bytes of a layer's weight in the ring and the weight over them: made once where it comes to lie again."""
-        at, *view = self.views.get(layer, (None,))
-        if at != start:
-            shape, nbytes = layer.weight._qdata.shape, layer.weight._qdata.nbytes
-            with torch.inference_mode(False):
-                blocks = self.buffer[start : start + nbytes].view(shape)
-                view = blocks, on_other_memory(layer.weight, blocks)
-            self.views[layer] = start, *view
-        return tuple(view)
+        return Sent(self, source.slot, source.nbytes, source.weight, source.bias, ready, place)
 
     def _make_buffer(self) -> bool:
         """The ring's memory; without room for it the host's smaller buffers serve until sampling ends."""
         try:
-            # Not an inference tensor: the model may also run outside inference mode.
-            with torch.inference_mode(False):
+            # Not an inference tensor: the model may also run outside inference mode. Of the stream that computes, which
+            # may have it once more after a reset.
+            with torch.inference_mode(False), torch.cuda.stream(self.compute):
                 self.buffer = torch.empty(self.ring_bytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError:
             self.works = False
+            self._drop_sent()
             log_no_ring(self.ring_bytes)
             return False
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.begins()
+        self.stream.wait_stream(self.compute)
         return True
 
-    def _bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
-        """Biases are small: they stay."""
-        if layer.bias is None:
-            return None
-        if layer not in self.biases:
-            self.biases[layer] = layer.bias.to(self.device, layer.bias._model_dtype)
-        return self.biases[layer]
+    def _move(self, layer: torch.nn.Module, source: Source, start: int) -> None:
+        """Note where in the ring a layer's weight lies from now on."""
+        with torch.inference_mode(False):
+            source.there = self.buffer[start : start + source.nbytes].view(source.blocks.shape)
+            source.weight = on_other_memory(layer.weight, source.there)
+        if source.start is None:
+            layer._v_signature = None
+            if layer.bias is not None:
+                # Biases are small: they stay.
+                with torch.cuda.stream(self.compute):
+                    source.bias = layer.bias.to(self.device, layer.bias._model_dtype)
+        source.start = start
 
     def _drop_sent(self) -> None:
         for sent in self.sent.values():
             if sent.place is None:
                 # By its signature the weight is there: whoever finds it must not read before it is.
-                torch.cuda.current_stream(self.device).wait_event(sent.ready)
-                vbar_unpin(sent.layer._v)
+                self.compute.wait_event(sent.ready)
+                vbar_unpin(sent.slot)
             else:
                 # Nothing reads it, but its copy may be under way: the next one is behind it on the same stream.
                 sent.place.done = sent.ready
         self.sent.clear()
+        self.n_ahead = 0
 
 
 def pinned_file_of(layer: torch.nn.Module) -> PinnedFile | None:

@@ -126,7 +126,8 @@ def test_fast_ways_to_compute_paint_as_exact_does(comfyui, tmp_path):
     (tmp_path / "gguf_native").symlink_to(ROOT, target_is_directory=True)
     command = [sys.executable, ROOT / "benchmarks" / "quality.py", comfyui, tmp_path, "Q8_0", "Q4_K_M"]
     command += ["--captions", "256", "--compute", "exact", *FAST]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
     rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
     accuracy = {(row["type"], row["compute"]): row["scores"]["all"] for row in rows}
     lost = {pair: accuracy[pair[0], "exact"] - right for pair, right in accuracy.items() if pair[1] in FAST}

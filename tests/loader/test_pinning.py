@@ -207,6 +207,13 @@ def test_a_patched_bias_and_a_lost_slot_are_left_to_the_host(base):
     other.__dict__.pop("_v", None)
     stream_from_files(base.model, GPU)
     assert one.streamer is other.streamer is None
+    # A LoRA that enlarges a weight makes it dense.
+    third = base.model.diffusion_model.double_blocks[0].txt_attn.qkv
+    packed, third.weight = third.weight, torch.nn.Parameter(torch.zeros(third.weight.shape), requires_grad=False)
+    assert third.streamer is not None
+    stream_from_files(base.model, GPU)
+    assert third.streamer is None
+    third.weight = packed
     one.bias_lowvram_function = None
     stream_from_files(base.model, GPU)
     assert one.streamer is not None

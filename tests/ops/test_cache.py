@@ -127,6 +127,23 @@ def test_nothing_if_some_weights_stream(caplog):
     assert "weights stream" in caplog.text
 
 
+def test_nothing_once_the_streamer_has_said_that_weights_stream(caplog):
+    """Theirs are the same tensors in each forward. The next sampling begins anew."""
+    model = Model(MEGABYTE)
+    with caplog.at_level("INFO", "gguf_native"):
+        model.forward()
+        model.cache.weights_stream()
+        for _ in range(3):
+            assert model.forward()
+        assert model.kept() == []
+        model.cache.weights_stream()
+    assert len(caplog.messages) == 1 and "weights stream" in caplog.messages[0]
+    model.cache.reset()
+    for _ in range(3):
+        model.forward()
+    assert model.kept()
+
+
 def test_after_loading_the_blocks_of_the_first_forward_are_others():
     model = Model(limit=MEGABYTE)
     model.forward()

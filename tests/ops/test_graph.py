@@ -164,7 +164,6 @@ class Graph:
     """In place of torch.cuda.CUDAGraph: computes the same again, into the same memory."""
 
     clock: Clock
-    stream: str  # the current one
     n_replays = 0
 
     def __init__(self):
@@ -209,7 +208,6 @@ class Model:
         expected = self.compute(x.clone(), options, control)
         out = self.graphs.forward(self.run, (x.as_subclass(OnGPU),), kwargs, options)
         assert torch.equal(out, expected)
-        assert Graph.stream == "usual"
         return out
 
     def steps(self, n: int, **others) -> list[int]:
@@ -230,36 +228,23 @@ NEVER = [1, 1, 1, 1, 1]
 @pytest.fixture
 def model(monkeypatch) -> Model:
     """A forward that launches for 84 ms what takes 47, as Flux at 512x512; there is no GPU, the arithmetic is real."""
-    made, Graph.n_replays, Graph.clock, Graph.stream = Model(), 0, Clock(84, 47), "usual"
+    made, Graph.n_replays, Graph.clock = Model(), 0, Clock(84, 47)
 
     @contextmanager
-    def capture(graph_: Graph, capture_error_mode: str):
-        assert capture_error_mode == "thread_local"
-        made.is_capturing, Graph.stream = True, "for recording"
+    def capture():
+        made.is_capturing, graph_ = True, Graph()
         try:
             with Recorder(graph_.steps) as recorder:
-                yield
+                yield graph_
         finally:
             made.is_capturing = False
-        # As torch does it: not where recording fails.
-        Graph.stream = "usual"
         for tensor, before in reversed(recorder.before):
             tensor.copy_(before)
 
-    @contextmanager
-    def on_stream(stream: str):
-        before, Graph.stream = Graph.stream, stream
-        try:
-            yield
-        finally:
-            Graph.stream = before
-
     monkeypatch.setattr(graph, "time", SimpleNamespace(perf_counter=lambda: Graph.clock.perf_counter()))
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Graph.clock.event(enable_timing))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "stream", on_stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Graph.stream)
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 << 20)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: Graph.clock.synchronize())
     return made
@@ -488,3 +473,23 @@ def test_on_a_gpu_a_forward_that_looks_at_a_value_is_not_recorded(on_device, sai
     # The GPU is none the worse for it.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.ones(2, device="cuda").sum().item() == 2
+    # And the next one that can be recorded is.
+    assert len(on_device(Blocks()).recordings) == 1
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_recording_that_failed_leaves_nothing_behind():
+    """Random numbers go on where they were, and memory that another stream has used is free again when it is done."""
+    torch.cuda.manual_seed(7)
+    expected, before = torch.randn(8, device="cuda"), torch.cuda.memory_allocated()
+    torch.cuda.manual_seed(7)
+    with pytest.raises(RuntimeError), graph.capture():
+        torch.ones(1 << 20, device="cuda").sum().item()
+    assert torch.equal(torch.randn(8, device="cuda"), expected)
+    used_elsewhere = torch.ones(1 << 20, device="cuda")
+    used_elsewhere.record_stream(torch.cuda.Stream())
+    address = used_elsewhere.data_ptr()
+    del used_elsewhere
+    torch.cuda.synchronize()
+    assert torch.ones(1 << 20, device="cuda").data_ptr() == address
+    assert torch.cuda.memory_allocated() == before
