@@ -82,9 +82,6 @@ def why_not(model: torch.nn.Module, device: torch.device, x: torch.Tensor, optio
         return "ComfyUI records graphs itself"
     if not hasattr(torch._C, "_cuda_endAllocateToPool"):
         return "torch is older than 2.8"
-    if comfy.cli_args.args.cuda_malloc:
-        # torch 2.11 ends the process when it gives back memory of a recording.
-        return "torch cannot record with CUDA's asynchronous allocator, which --disable-cuda-malloc turns off"
     if others := other_wrappers(options):
         return f"another node works around each forward ({', '.join(others)})"
     patcher, layers = model.current_patcher, packed_layers(model).values()

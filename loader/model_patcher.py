@@ -19,7 +19,8 @@ from ..ops.matmul import Workspace
 from . import residency
 from .file_streaming import stop_streaming, stream_from_files, unpin_files
 from .graphs import forget_graphs, record_forwards
-from .packed_layers import block_layers, packed_layer, packed_layers, unpatched_slots
+from .out_of_memory import retry_forwards
+from .packed_layers import block_layers, cache_of, packed_layer, packed_layers, unpatched_slots
 from .residency import ATTACHMENT, DIFFUSION
 
 log = logging.getLogger("gguf_native")
@@ -195,6 +196,7 @@ def adopt(
         layer.compute = compute
     patcher.set_attachments(ATTACHMENT, {"role": role, "patch_dtype": patch_dtype, "patch_on_device": patch_on_device})
     if role == DIFFUSION:
+        retry_forwards(patcher)
         record_forwards(patcher, workspace)
     patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_CLONE, ATTACHMENT, _adopt_clone)
     return _adopt_clone(None, patcher)
@@ -203,14 +205,6 @@ def adopt(
 def _adopt_clone(_, patcher):
     patcher.__class__ = ModelPatcherDynamic if patcher.is_dynamic() else ModelPatcher
     return patcher
-
-
-def cache_of(model: torch.nn.Module) -> DecodedCache | None:
-    """The one that the layers of a diffusion model share."""
-    for layer in model.modules():
-        if isinstance(layer, PackedWeight) and layer.workspace is not None:
-            return layer.workspace.cache
-    return None
 
 
 def room_for_decoded(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 import comfy.utils
 import torch
 
+from ..ops.cache import DecodedCache
 from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.layout import is_packed
 
@@ -21,6 +22,14 @@ def packed_layers(model: torch.nn.Module) -> dict[str, PackedWeight]:
         for name, module in model.named_modules()
         if isinstance(module, PackedWeight) and is_packed(module.weight)
     }
+
+
+def cache_of(model: torch.nn.Module) -> DecodedCache | None:
+    """The one that the layers of a diffusion model share."""
+    for layer in model.modules():
+        if isinstance(layer, PackedWeight) and layer.workspace is not None:
+            return layer.workspace.cache
+    return None
 
 
 def unpatched_slots(model: torch.nn.Module) -> dict[PackedWeight, object]:

@@ -15,9 +15,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# What the strips may take at most, and at most this part of the memory that is free when the decoder starts.
-STRIP_BYTES = 64 * 2**20
+# What the strips may take at most, and at most this part of the memory that is free when the decoder starts. On the CPU
+# larger ones gain nothing; a GPU is idle during small ones.
+STRIP_BYTES = {"cpu": 64 * 2**20}
+MOST_STRIP_BYTES = 512 * 2**20
 STRIP_PART = 8
+# Queries of attention at a time on a GPU, whose kernels write no scores: fewer leave most of it idle.
+LEAST_QUERIES = {"cuda": 1024}
 # A value of a strip that goes into a layer or comes out of it is there up to four times, in four bytes each.
 BYTES_PER_VALUE = 16
 # A strip of one row could not give the first row of a convolution, which needs the one below.
@@ -127,7 +131,8 @@ class StripDecoder:
         self.decoder = decoder
         self.host = host
         self.like = latent
-        self.strip_bytes = int(min(STRIP_BYTES, host.free_bytes() / STRIP_PART))
+        most = STRIP_BYTES.get(latent.device.type, MOST_STRIP_BYTES)
+        self.strip_bytes = int(min(most, host.free_bytes() / STRIP_PART))
 
     def decode(self) -> torch.Tensor:
         x = Rows(self.like.permute(2, 0, 1, 3))
@@ -159,7 +164,8 @@ class StripDecoder:
         normed = self.normed(block.norm, x, normalised)
         q, k, v = (self._positions(self.convolved(layer, normed)) for layer in (block.q, block.k, block.v))
         n_positions = q.shape[2]
-        n_queries = max(1, self.strip_bytes // (BYTES_PER_VALUE * n_positions))
+        n_queries = self.strip_bytes // (BYTES_PER_VALUE * n_positions)
+        n_queries = max(n_queries, LEAST_QUERIES.get(q.device.type, 1))
         for start in range(0, n_positions, n_queries):
             self.host.between()
             queries = q[:, :, start : start + n_queries]

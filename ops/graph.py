@@ -119,7 +119,7 @@ class ForwardGraphs:
         # Of what torch holds free for other forwards a recording can take nothing.
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
+        free = torch.cuda.mem_get_info()[0]
         with self.held_weights() as weights:
             try:
                 recording = self._recorded(run, again, inputs, weights)
@@ -135,7 +135,7 @@ class ForwardGraphs:
         if replay > WORTHWHILE * usual:
             return self._refuse(key, f"off at this size: {replay:.0f} ms in place of {usual:.0f} do not pay", output)
         self.recordings[key] = recording
-        megabytes = (torch.cuda.memory_reserved() - before) / 2**20
+        megabytes = max(0, free - torch.cuda.mem_get_info()[0]) / 2**20
         self._say(f"a forward takes {replay:.0f} ms in place of {usual:.0f}, for {megabytes:.0f} MB")
         return output
 

@@ -126,6 +126,13 @@ class Streamer:
         self.buffer = None
         self._begin()
 
+    def give_up(self) -> bool:
+        """Give back the ring until the next sampling; whether there was one. The host's smaller buffers serve."""
+        had_one = self.buffer is not None
+        self.reset()
+        self.works = False
+        return had_one
+
     def borrow(self, layer: torch.nn.Module) -> Sent | None:
         """A layer's weight, for the current stream's use; None if it cannot come this way. Give it back after use."""
         if self.works is None:

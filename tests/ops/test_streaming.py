@@ -333,6 +333,19 @@ def test_what_an_exception_left_in_use_is_free_at_the_next_use(machine):
         assert run.layers[0]._v.n_pins == 0
 
 
+def test_given_up_until_the_next_sampling(machine):
+    run = machine(layers_of(60, 60, 60))
+    run.forward()
+    run.use(run.layers[0])
+    assert run.streamer.give_up()
+    assert run.streamer.buffer is None and not run.streamer.sent
+    assert run.forward() == run.layers
+    assert not run.streamer.give_up()
+    run.streamer.reset()
+    run.readers.clear()
+    assert run.forward() == []
+
+
 def test_it_is_told_in_each_sampling_that_weights_stream(machine):
     run = machine(layers_of(60, 60, 60))
     for layer in run.layers:

@@ -1,0 +1,178 @@
+"""A forward that runs out of GPU memory, which an exception at the right place stands for here."""
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sampling import sample
+
+pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
+
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from gguf_native.loader import out_of_memory
+from gguf_native.loader.diffusion_model import load_diffusion_model
+from gguf_native.loader.graphs import replaying
+from gguf_native.loader.out_of_memory import Retrying, retry_forwards
+from gguf_native.loader.residency import ATTACHMENT
+
+FLUX = "tiny_flux_256"
+STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def inference(host):
+    with torch.inference_mode():
+        yield
+
+
+class Ring:
+    """In place of a streamer with its ring, of which nothing is asked on a CPU."""
+
+    def __init__(self):
+        self.sent, self.is_there = {}, True
+
+    def give_up(self) -> bool:
+        had_one, self.is_there = self.is_there, False
+        return had_one
+
+
+class Flux:
+    """A model whose forwards need so much that the ring has no room; n_begun counts them."""
+
+    def __init__(self, path: str):
+        self.patcher = load_diffusion_model(path)
+        self.patcher.load_device = torch.device("cuda", 0)
+        retry_forwards(self.patcher)
+        self.patcher.load_device = torch.device("cpu")
+        self.ring, self.n_begun, self.needs = Ring(), 0, math.inf
+        diffusion_model = self.patcher.model.diffusion_model
+        self.layer = diffusion_model.double_blocks[0].img_attn.qkv
+        self.layer.streamer = self.ring
+        diffusion_model.double_blocks[0].register_forward_pre_hook(self.begin)
+        diffusion_model.single_blocks[0].register_forward_pre_hook(self.fill)
+
+    def begin(self, *_) -> None:
+        self.n_begun += 1
+
+    def fill(self, *_) -> None:
+        if self.ring.is_there or self.needs == math.inf:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 432.00 MiB.")
+
+
+@pytest.fixture
+def path(samples) -> str:
+    return str(samples.gguf(FLUX, "Q4_K"))
+
+
+@pytest.fixture
+def flux(path) -> Iterator[Flux]:
+    made = Flux(path)
+    yield made
+    # The host has it loaded until it wants the memory.
+    made.layer.streamer = None
+
+
+def test_it_runs_once_more_without_the_ring_and_later_ones_begin_without(flux, path, caplog):
+    out_of_memory.log_retry.cache_clear()
+    expected = sample(load_diffusion_model(path), FLUX, STEPS)
+    flux.needs = 0
+    with caplog.at_level("INFO", "gguf_native"):
+        assert torch.equal(sample(flux.patcher, FLUX, STEPS), expected)
+        assert flux.n_begun == STEPS + 1
+        # In the next sampling the streamer makes a ring again.
+        flux.ring.is_there = True
+        assert torch.equal(sample(flux.patcher.clone(), FLUX, STEPS), expected)
+    assert flux.n_begun == 2 * STEPS + 1
+    assert [message.split(".")[0] for message in caplog.messages if "once more" in message] == [
+        "GGUF Native: the GPU's memory was too little for a forward"
+    ]
+
+
+def test_with_nothing_to_give_up_or_not_enough_it_is_an_error(flux):
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(flux.patcher, FLUX, STEPS)
+    assert flux.n_begun == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(flux.patcher, FLUX, STEPS)
+    assert flux.n_begun == 3
+
+
+class Owner(torch.nn.Module):
+    """What is asked of a diffusion model; its forward runs out of memory where the inputs are large."""
+
+    def __init__(self, wrapper):
+        super().__init__()
+        self.wrapper, self.tried = wrapper, []
+
+    def forward(self, x):
+        return WrapperExecutor.new_class_executor(self.plain, self, [self.wrapper]).execute(x)
+
+    def plain(self, x):
+        self.tried.append(x.numel())
+        if x.numel() > 4 and has_much():
+            raise torch.OutOfMemoryError
+        return x + 1
+
+
+def has_much() -> bool:
+    return HELD["ring"]
+
+
+HELD = {"ring": True}
+
+
+def test_smaller_forwards_keep_everything(monkeypatch):
+    given_up = []
+
+    def give_up(model):
+        given_up.append(HELD["ring"])
+        HELD["ring"] = False
+        return given_up[-1]
+
+    monkeypatch.setattr(out_of_memory, "give_up", give_up)
+    owner = Owner(Retrying())
+    for n_values in (3, 8, 4, 16, 6, 4):
+        HELD["ring"] = True
+        assert torch.equal(owner(torch.zeros(n_values)), torch.ones(n_values))
+    assert owner.tried == [3, 8, 8, 4, 16, 6, 6, 4]
+    assert given_up == [True] * 3
+
+
+def test_recordings_and_decoded_weights_go_too(path):
+    model = load_diffusion_model(path).model.diffusion_model
+    done = []
+    cache = SimpleNamespace(give_up=lambda: done.append("cache") or 5)
+    graphs = SimpleNamespace(recordings={1: 2}, reset=lambda: done.append("graphs"))
+    assert not out_of_memory.give_up(model)
+    model.double_blocks[0].img_attn.qkv.workspace.cache = cache
+    model.gguf_native_graphs = graphs
+    assert out_of_memory.give_up(model)
+    assert done == ["graphs", "cache"]
+
+
+def test_it_is_around_the_graphs_and_only_on_a_gpu(path):
+    patcher = load_diffusion_model(path)
+    assert not patcher.get_wrappers(WrappersMP.DIFFUSION_MODEL, ATTACHMENT)
+    patcher.load_device = torch.device("cuda", 0)
+    retry_forwards(patcher)
+    patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ATTACHMENT, replaying)
+    first, second = patcher.clone().get_wrappers(WrappersMP.DIFFUSION_MODEL, ATTACHMENT)
+    assert isinstance(first, Retrying) and second is replaying
+
+
+def test_torch_compile_sees_the_forward_alone():
+    torch._dynamo.reset()
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wrapper = Retrying()
+
+        def forward(self, x):
+            return WrapperExecutor.new_class_executor(lambda x: x + 1, self, [self.wrapper]).execute(x)
+
+    with torch.inference_mode(False), torch.no_grad():
+        out = torch.compile(Plain(), backend="eager", fullgraph=True)(torch.ones(3))
+    assert torch.equal(out, torch.full((3,), 2.0))
