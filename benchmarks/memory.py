@@ -216,6 +216,13 @@ def print_rows(names: list[str]) -> None:
     print(f"{len(names)} rows, about {total} s, and about 40 s for each file not there: {', '.join(recipes)}")
 
 
+def read_results() -> dict[str, dict]:
+    """The rows measured on a GPU like this one: others are no reference for it."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    is_of_this = torch.cuda.is_available() and found.get("device") == torch.cuda.get_device_name()
+    return found["rows"] if is_of_this else {}
+
+
 def write(results: dict[str, dict]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
@@ -236,7 +243,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     trial = Trial(options.model, options.size, options.cpu)
     is_kept = not any(trial)
-    results = json.loads(RESULTS.read_text())["rows"] if is_kept and RESULTS.exists() else {}
+    results = read_results() if is_kept else {}
     names = chosen(options.names, results)
     if options.list or options.folder is None:
         return print_rows(names)

@@ -1,4 +1,4 @@
-"""A forward that runs out of GPU memory runs once more without what only saves time."""
+"""A forward that runs out of GPU memory runs again without what is not its own, and then without what saves it time."""
 
 import logging
 import math
@@ -9,25 +9,25 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch.utils._pytree import tree_leaves
 
+from . import residency
 from .file_streaming import streamer_of
 from .graphs import graphs_of
 from .packed_layers import cache_of
-from .residency import ATTACHMENT
 
 log = logging.getLogger("gguf_native")
 
 
 def retry_forwards(patcher) -> None:
-    """Have a patcher's diffusion model, and those of its clones, try twice."""
+    """Have a patcher's diffusion model, and those of its clones, try again."""
     if patcher.load_device.type == "cuda":
-        patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ATTACHMENT, Retrying())
+        patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, residency.ATTACHMENT, Retrying())
 
 
 class Retrying:
     """The host's wrapper around a forward."""
 
     def __init__(self) -> None:
-        # Of the inputs of the smallest forward that ran out of memory: larger ones are not tried with everything.
+        # Of the inputs of the smallest forward that had no room for the ring: larger ones do not try it.
         self.n_values = math.inf
 
     def __call__(self, executor, *args, **kwargs):
@@ -35,36 +35,48 @@ class Retrying:
             return executor(*args, **kwargs)
         n_values = sum(leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
         if n_values >= self.n_values:
-            give_up(executor.class_obj)
-        try:
-            return executor(*args, **kwargs)
-        except Exception as error:
-            if not mm.is_oom(error) or not give_up(executor.class_obj):
-                raise
-            self.n_values = min(n_values, self.n_values)
-        # Outside `except`, which holds what the forward held.
-        mm.soft_empty_cache()
-        log_retry()
-        return executor(*args, **kwargs)
+            give_up_ring(executor.class_obj)
+        stages = iter((give_up_others, give_up_kept, give_up_ring))
+        while True:
+            try:
+                return executor(*args, **kwargs)
+            except Exception as error:
+                if not mm.is_oom(error):
+                    raise
+                stage = next((stage for stage in stages if stage(executor.class_obj)), None)
+                if stage is None:
+                    raise
+                if stage is give_up_ring:
+                    self.n_values = min(n_values, self.n_values)
+            # Outside `except`, which holds what the forward held.
+            mm.soft_empty_cache()
+            log_retry()
 
 
-def give_up(diffusion_model: torch.nn.Module) -> bool:
-    """Until sampling ends: recordings, decoded weights and the ring for weights sent ahead; whether there were any."""
-    given_up, graphs = False, graphs_of(diffusion_model)
-    decoded, streamer = cache_of(diffusion_model), streamer_of(diffusion_model)
-    if graphs is not None and graphs.recordings:
+def give_up_others(diffusion_model: torch.nn.Module) -> bool:
+    """Models of this pack that are not at work: DynamicVRAM takes their weights, but not their LoRAs."""
+    return residency.unload_idle("a forward ran out of memory")
+
+
+def give_up_kept(diffusion_model: torch.nn.Module) -> bool:
+    """Recordings and decoded weights, until sampling ends."""
+    graphs, decoded = graphs_of(diffusion_model), cache_of(diffusion_model)
+    had_graphs = graphs is not None and bool(graphs.recordings)
+    if had_graphs:
         graphs.reset()
-        given_up = True
-    if decoded is not None:
-        given_up |= decoded.give_up() > 0
-    if streamer is not None:
-        given_up |= streamer.give_up()
-    return given_up
+    return (decoded is not None and decoded.give_up() > 0) or had_graphs
+
+
+def give_up_ring(diffusion_model: torch.nn.Module) -> bool:
+    """The memory for weights sent ahead, until sampling ends."""
+    streamer = streamer_of(diffusion_model)
+    return streamer is not None and streamer.give_up()
 
 
 @cache
 def log_retry() -> None:
     log.info(
-        "GGUF Native: the GPU's memory was too little for a forward. It runs once more without what only saves time "
-        "(weights sent ahead, decoded weights, CUDA graphs), which is slower. A smaller picture or batch needs less."
+        "GGUF Native: the GPU's memory was too little for a forward. It runs again without what it can do without (other "
+        "models, decoded weights, CUDA graphs and, if need be, weights sent ahead), which is slower. A smaller picture "
+        "or batch needs less."
     )

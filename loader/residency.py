@@ -44,6 +44,14 @@ def idle_beside(patcher) -> list:
     return [loaded.model for loaded in others if role_of(loaded.model) is not None]
 
 
+def unload_idle(reason: str) -> bool:
+    """Unload the models of this pack that are on a GPU and not at work; whether there were any."""
+    idle = [loaded for loaded in mm.current_loaded_models if _is_idle(loaded) and role_of(loaded.model) is not None]
+    idle = [loaded for loaded in idle if not mm.is_device_cpu(loaded.device)]
+    _unload(idle, reason)
+    return bool(idle)
+
+
 def leave_after_use(patcher) -> None:
     """After sampling: in aggressive mode the diffusion model leaves at once, so that decoding has the memory."""
     if settings().memory_mode == "aggressive" and role_of(patcher) == DIFFUSION:

@@ -10,11 +10,12 @@ from sampling import sample
 
 pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
 
+import comfy.model_management as mm
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from gguf_native.loader import out_of_memory
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.graphs import replaying
-from gguf_native.loader.out_of_memory import Retrying, retry_forwards
+from gguf_native.loader.out_of_memory import Retrying, give_up_kept, give_up_others, retry_forwards
 from gguf_native.loader.residency import ATTACHMENT
 
 FLUX = "tiny_flux_256"
@@ -74,7 +75,7 @@ def flux(path) -> Iterator[Flux]:
     made.layer.streamer = None
 
 
-def test_it_runs_once_more_without_the_ring_and_later_ones_begin_without(flux, path, caplog):
+def test_it_runs_again_without_the_ring_and_later_ones_begin_without_it(flux, path, caplog):
     out_of_memory.log_retry.cache_clear()
     expected = sample(load_diffusion_model(path), FLUX, STEPS)
     flux.needs = 0
@@ -85,7 +86,7 @@ def test_it_runs_once_more_without_the_ring_and_later_ones_begin_without(flux, p
         flux.ring.is_there = True
         assert torch.equal(sample(flux.patcher.clone(), FLUX, STEPS), expected)
     assert flux.n_begun == 2 * STEPS + 1
-    assert [message.split(".")[0] for message in caplog.messages if "once more" in message] == [
+    assert [message.split(".")[0] for message in caplog.messages if "It runs again" in message] == [
         "GGUF Native: the GPU's memory was too little for a forward"
     ]
 
@@ -100,56 +101,91 @@ def test_with_nothing_to_give_up_or_not_enough_it_is_an_error(flux):
 
 
 class Owner(torch.nn.Module):
-    """What is asked of a diffusion model; its forward runs out of memory where the inputs are large."""
+    """What is asked of a diffusion model; its forward has room for fewer inputs while others and the ring are there."""
 
-    def __init__(self, wrapper):
+    def __init__(self):
         super().__init__()
-        self.wrapper, self.tried = wrapper, []
+        self.wrapper, self.tried, self.has_others, self.has_ring = Retrying(), [], False, True
 
     def forward(self, x):
         return WrapperExecutor.new_class_executor(self.plain, self, [self.wrapper]).execute(x)
 
     def plain(self, x):
         self.tried.append(x.numel())
-        if x.numel() > 4 and has_much():
+        if x.numel() > 20 - 8 * self.has_others - 8 * self.has_ring:
             raise torch.OutOfMemoryError
         return x + 1
 
 
-def has_much() -> bool:
-    return HELD["ring"]
+@pytest.fixture
+def owner(monkeypatch) -> Owner:
+    def give_up(what: str):
+        def given_up(model) -> bool:
+            had, _ = getattr(model, what), setattr(model, what, False)
+            return had
+
+        return given_up
+
+    monkeypatch.setattr(out_of_memory, "give_up_others", give_up("has_others"))
+    monkeypatch.setattr(out_of_memory, "give_up_ring", give_up("has_ring"))
+    monkeypatch.setattr(out_of_memory, "give_up_kept", lambda model: False)
+    return Owner()
 
 
-HELD = {"ring": True}
-
-
-def test_smaller_forwards_keep_everything(monkeypatch):
-    given_up = []
-
-    def give_up(model):
-        given_up.append(HELD["ring"])
-        HELD["ring"] = False
-        return given_up[-1]
-
-    monkeypatch.setattr(out_of_memory, "give_up", give_up)
-    owner = Owner(Retrying())
-    for n_values in (3, 8, 4, 16, 6, 4):
-        HELD["ring"] = True
+def test_only_what_has_to_goes_and_only_large_forwards_go_without_the_ring(owner):
+    for n_values, others, tries, keeps_ring in (
+        (4, True, 1, True),
+        (12, True, 2, True),
+        (14, True, 3, False),
+        (14, False, 1, False),
+        (16, False, 1, False),
+        (12, True, 2, True),
+        (13, False, 2, False),
+        (13, False, 1, False),
+    ):
+        owner.tried, owner.has_others, owner.has_ring = [], others, True
         assert torch.equal(owner(torch.zeros(n_values)), torch.ones(n_values))
-    assert owner.tried == [3, 8, 8, 4, 16, 6, 6, 4]
-    assert given_up == [True] * 3
+        assert (owner.tried, owner.has_ring) == ([n_values] * tries, keeps_ring)
+    with pytest.raises(torch.OutOfMemoryError):
+        owner(torch.zeros(21))
 
 
-def test_recordings_and_decoded_weights_go_too(path):
+def test_another_error_is_not_tried_again(owner, monkeypatch):
+    monkeypatch.setattr(owner, "plain", lambda x: owner.tried.append(1) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        owner(torch.zeros(3))
+    assert owner.tried == [1] and owner.has_ring
+
+
+def test_recordings_and_decoded_weights_go(path):
     model = load_diffusion_model(path).model.diffusion_model
     done = []
-    cache = SimpleNamespace(give_up=lambda: done.append("cache") or 5)
-    graphs = SimpleNamespace(recordings={1: 2}, reset=lambda: done.append("graphs"))
-    assert not out_of_memory.give_up(model)
-    model.double_blocks[0].img_attn.qkv.workspace.cache = cache
-    model.gguf_native_graphs = graphs
-    assert out_of_memory.give_up(model)
+    assert not give_up_kept(model)
+    model.gguf_native_graphs = SimpleNamespace(recordings={1: 2}, reset=lambda: done.append("graphs"))
+    assert give_up_kept(model)
+    model.gguf_native_graphs.recordings = {}
+    model.double_blocks[0].img_attn.qkv.workspace.cache = SimpleNamespace(give_up=lambda: done.append("cache") or 5)
+    assert give_up_kept(model)
     assert done == ["graphs", "cache"]
+
+
+def test_idle_models_go_and_the_one_at_work_stays(path, monkeypatch):
+    """The tests run on the CPU, whose models stay: there is nothing to gain."""
+    idle, at_work = load_diffusion_model(path), load_diffusion_model(path)
+    mm.load_models_gpu([idle])
+    mm.load_models_gpu([at_work])
+    at_work.model.current_patcher = at_work
+    held = [loaded.model for loaded in mm.current_loaded_models]
+    assert not give_up_others(at_work.model.diffusion_model)
+    assert [loaded.model for loaded in mm.current_loaded_models] == held
+    monkeypatch.setattr(mm, "is_device_cpu", lambda device: False)
+    for loaded in mm.current_loaded_models:
+        loaded.currently_used = False
+    assert give_up_others(at_work.model.diffusion_model)
+    held = [loaded.model for loaded in mm.current_loaded_models]
+    assert at_work in held and idle not in held
+    assert not give_up_others(at_work.model.diffusion_model)
+    at_work.model.current_patcher = None
 
 
 def test_it_is_around_the_graphs_and_only_on_a_gpu(path):
