@@ -76,7 +76,7 @@ def give_up_ring(diffusion_model: torch.nn.Module) -> bool:
 @cache
 def log_retry() -> None:
     log.info(
-        "GGUF Native: the GPU's memory was too little for a forward. It runs again without what it can do without (other "
-        "models, decoded weights, CUDA graphs and, if need be, weights sent ahead), which is slower. A smaller picture "
-        "or batch needs less."
+        "GGUF Native: the GPU's memory was too little for a forward. It runs again without what it can do without "
+        "(other models, decoded weights, CUDA graphs and, if need be, weights sent ahead), which is slower. A smaller "
+        "picture or batch needs less."
     )
