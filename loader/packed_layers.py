@@ -8,20 +8,20 @@ from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.layout import is_packed
 
 
+def has_packed_weight(module: torch.nn.Module) -> bool:
+    return isinstance(module, PackedWeight) and is_packed(module.weight)
+
+
 def packed_layer(model: torch.nn.Module, key: str) -> PackedWeight | None:
     """The layer whose packed weight has this key in the model, if there is one."""
     name, _, parameter = key.rpartition(".")
     layer = comfy.utils.get_attr(model, name) if parameter == "weight" else None
-    return layer if isinstance(layer, PackedWeight) and is_packed(layer.weight) else None
+    return layer if has_packed_weight(layer) else None
 
 
 def packed_layers(model: torch.nn.Module) -> dict[str, PackedWeight]:
     """All layers whose weight is packed, by the weight's key in the model."""
-    return {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, PackedWeight) and is_packed(module.weight)
-    }
+    return {f"{name}.weight": module for name, module in model.named_modules() if has_packed_weight(module)}
 
 
 def cache_of(model: torch.nn.Module) -> DecodedCache | None:
