@@ -3,10 +3,12 @@
 import argparse
 import importlib
 import importlib.util
+import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType, ModuleType
+from typing import NoReturn
 
 # Command -> its module in quantizer/, which has HELP, add_arguments(parser) and run(arguments) -> exit status.
 COMMANDS = {
@@ -33,13 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     chosen = parser.parse_args(words)
-    signal.signal(signal.SIGTERM, interrupt)
+    interrupts = note_interrupts()
     try:
         return chosen.run(chosen)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return INTERRUPTED
-    except errors_of_files(package) as error:
+    except (KeyboardInterrupt, Exception) as error:
+        # Within a lock of Python's own an interrupt may come out as another error.
+        if interrupts:
+            leave_interrupted()
+        if not isinstance(error, errors_of_files(package)):
+            raise
         sys.stderr.write(f"error: {error}\n")
         return FAILED
 
@@ -66,9 +70,26 @@ def errors_of_files(package: str) -> tuple[type[Exception], ...]:
     return of("loader.errors").GGUFError, of("quantizer.errors").QuantizerError, of("config").ConfigError, OSError
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """End as Ctrl-C does, so that temporary files go."""
-    raise KeyboardInterrupt
+def note_interrupts() -> list[int]:
+    """The numbers of the signals to end that come from now on; each raises KeyboardInterrupt, so that files go."""
+    came = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    # Not where a shell has it ignored, for what runs in the background.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    return came
+
+
+def leave_interrupted() -> NoReturn:
+    """At once: a thread of torch that waits for Python's lock would end the process with an abort while Python ends."""
+    sys.stderr.write("interrupted\n")
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ from functools import cache
 
 import comfy.model_management as mm
 import torch
+from comfy.model_prefetch import cleanup_prefetch_queues, cleanup_prefetched_modules
 from comfy.patcher_extension import WrappersMP
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import residency
 from .file_streaming import streamer_of
-from .graphs import graphs_of
+from .graphs import graphs_of, is_options, other_wrappers
 from .packed_layers import cache_of
 
 log = logging.getLogger("gguf_native")
@@ -31,39 +32,50 @@ class Retrying:
         self.n_values = math.inf
 
     def __call__(self, executor, *args, **kwargs):
-        if torch.compiler.is_compiling():
+        options = next((value for value in (*args, *kwargs.values()) if is_options(value)), {})
+        # What other nodes do around a forward, such as counting steps, is not to be done twice.
+        if torch.compiler.is_compiling() or other_wrappers(options):
             return executor(*args, **kwargs)
-        n_values = sum(leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+        model, n_values = executor.class_obj, sum(tensor.numel() for tensor in tensors_of(args))
         if n_values >= self.n_values:
-            give_up_ring(executor.class_obj)
+            give_up_ring(model)
         stages = iter((give_up_others, give_up_kept, give_up_ring))
         while True:
             try:
-                return executor(*args, **kwargs)
+                return executor(*map(untouched, args), **{key: untouched(value) for key, value in kwargs.items()})
             except Exception as error:
                 if not mm.is_oom(error):
                     raise
-                stage = next((stage for stage in stages if stage(executor.class_obj)), None)
+                stage = next((stage for stage in stages if stage(model)), None)
                 if stage is None:
                     raise
                 if stage is give_up_ring:
                     self.n_values = min(n_values, self.n_values)
             # Outside `except`, which holds what the forward held.
+            cleanup_prefetch_queues()
+            cleanup_prefetched_modules(model.modules())
             mm.soft_empty_cache()
             log_retry()
 
 
+def tensors_of(args: tuple) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+
+
+def untouched(value: object):
+    """The same in lists and dicts of its own: a forward takes what a ControlNet gives out of them."""
+    return value if is_options(value) else tree_map(lambda leaf: leaf, value)
+
+
 def give_up_others(diffusion_model: torch.nn.Module) -> bool:
     """Models of this pack that are not at work: DynamicVRAM takes their weights, but not their LoRAs."""
-    return residency.unload_idle("a forward ran out of memory")
+    return residency.unload_idle(diffusion_model, "a forward ran out of memory")
 
 
 def give_up_kept(diffusion_model: torch.nn.Module) -> bool:
-    """Recordings and decoded weights, until sampling ends."""
+    """Recordings, for good, and decoded weights, until sampling ends."""
     graphs, decoded = graphs_of(diffusion_model), cache_of(diffusion_model)
-    had_graphs = graphs is not None and bool(graphs.recordings)
-    if had_graphs:
-        graphs.reset()
+    had_graphs = graphs is not None and graphs.give_up()
     return (decoded is not None and decoded.give_up() > 0) or had_graphs
 
 

@@ -44,10 +44,11 @@ def idle_beside(patcher) -> list:
     return [loaded.model for loaded in others if role_of(loaded.model) is not None]
 
 
-def unload_idle(reason: str) -> bool:
-    """Unload the models of this pack that are on a GPU and not at work; whether there were any."""
-    idle = [loaded for loaded in mm.current_loaded_models if _is_idle(loaded) and role_of(loaded.model) is not None]
+def unload_idle(diffusion_model, reason: str) -> bool:
+    """Unload the counted models that are on a GPU and not at work, but for this one's; whether there were any."""
+    idle = [loaded for loaded in mm.current_loaded_models if _is_idle(loaded) and role_of(loaded.model) in COUNTED]
     idle = [loaded for loaded in idle if not mm.is_device_cpu(loaded.device)]
+    idle = [loaded for loaded in idle if getattr(loaded.model.model, "diffusion_model", None) is not diffusion_model]
     _unload(idle, reason)
     return bool(idle)
 

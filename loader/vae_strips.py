@@ -20,8 +20,8 @@ import torch.nn.functional as F
 STRIP_BYTES = {"cpu": 64 * 2**20}
 MOST_STRIP_BYTES = 512 * 2**20
 STRIP_PART = 8
-# Queries of attention at a time on a GPU, whose kernels write no scores: fewer leave most of it idle.
-LEAST_QUERIES = {"cuda": 1024}
+# Queries of attention at a time on NVIDIA's GPUs, whose kernels write no scores: fewer leave most of a GPU idle.
+LEAST_QUERIES = {"cuda": 1 if torch.version.hip else 1024}
 # A value of a strip that goes into a layer or comes out of it is there up to four times, in four bytes each.
 BYTES_PER_VALUE = 16
 # A strip of one row could not give the first row of a convolution, which needs the one below.

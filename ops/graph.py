@@ -72,6 +72,15 @@ class ForwardGraphs:
         self.recordings = {}
         self.seen: Counter[Hashable] = Counter()
 
+    def give_up(self) -> bool:
+        """Give the memory of what is recorded back, not to record it again; whether there was any."""
+        had_any = bool(self.recordings)
+        if had_any:
+            self.useless |= self.recordings.keys()
+            self.reset()
+            self._say("off: another forward needs the memory")
+        return had_any
+
     def forward(self, run: Callable, args: tuple, kwargs: dict, options: dict):
         """What run(*args, **kwargs) gives. options: the host's `transformer_options`, which is among them."""
         tensors: list[torch.Tensor] = []

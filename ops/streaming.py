@@ -167,6 +167,8 @@ class Streamer:
             self.give_back(self.in_use)
 
     def give_back(self, sent: Sent) -> None:
+        if self.in_use is not sent:
+            return  # it was taken back
         self.in_use = None
         if sent.place is None:
             vbar_unpin(sent.slot)

@@ -63,6 +63,7 @@ MEETS_HOST = {
     "loader.graphs",
     "loader.packed_layers",
     "loader.model_patcher",
+    "loader.out_of_memory",
     "loader.residency",
     "loader.state_dict",
 }

@@ -15,8 +15,9 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from gguf_native.loader import out_of_memory
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.graphs import replaying
+from gguf_native.loader.model_patcher import adopt
 from gguf_native.loader.out_of_memory import Retrying, give_up_kept, give_up_others, retry_forwards
-from gguf_native.loader.residency import ATTACHMENT
+from gguf_native.loader.residency import ATTACHMENT, DIFFUSION
 
 FLUX = "tiny_flux_256"
 STEPS = 3
@@ -161,9 +162,9 @@ def test_recordings_and_decoded_weights_go(path):
     model = load_diffusion_model(path).model.diffusion_model
     done = []
     assert not give_up_kept(model)
-    model.gguf_native_graphs = SimpleNamespace(recordings={1: 2}, reset=lambda: done.append("graphs"))
+    model.gguf_native_graphs = SimpleNamespace(give_up=lambda: done.append("graphs") or True)
     assert give_up_kept(model)
-    model.gguf_native_graphs.recordings = {}
+    model.gguf_native_graphs = SimpleNamespace(give_up=lambda: False)
     model.double_blocks[0].img_attn.qkv.workspace.cache = SimpleNamespace(give_up=lambda: done.append("cache") or 5)
     assert give_up_kept(model)
     assert done == ["graphs", "cache"]
@@ -184,22 +185,60 @@ def test_idle_models_go_and_the_one_at_work_stays(path, monkeypatch):
     assert give_up_others(at_work.model.diffusion_model)
     held = [loaded.model for loaded in mm.current_loaded_models]
     assert at_work in held and idle not in held
-    assert not give_up_others(at_work.model.diffusion_model)
+    # Whose forward it is stays, whatever the host says of it.
     at_work.model.current_patcher = None
+    assert not give_up_others(at_work.model.diffusion_model)
 
 
 def test_it_is_around_the_graphs_and_only_on_a_gpu(path):
     patcher = load_diffusion_model(path)
     assert not patcher.get_wrappers(WrappersMP.DIFFUSION_MODEL, ATTACHMENT)
     patcher.load_device = torch.device("cuda", 0)
-    retry_forwards(patcher)
-    patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ATTACHMENT, replaying)
+    adopt(patcher, DIFFUSION)
+    patcher.load_device = torch.device("cpu")
     first, second = patcher.clone().get_wrappers(WrappersMP.DIFFUSION_MODEL, ATTACHMENT)
     assert isinstance(first, Retrying) and second is replaying
 
 
-def test_torch_compile_sees_the_forward_alone():
+class Taking(torch.nn.Module):
+    """A forward that takes what a ControlNet gives out of its lists, as the host's UNets do, and fails after that."""
+
+    def __init__(self, wrapper):
+        super().__init__()
+        self.wrapper, self.n_tries = wrapper, 0
+
+    def forward(self, x, control, options):
+        wrapped = WrapperExecutor.new_class_executor(self.plain, self, [self.wrapper])
+        return wrapped.execute(x, control, transformer_options=options)
+
+    def plain(self, x, control, transformer_options):
+        self.n_tries += 1
+        out = x + control["middle"].pop()
+        if self.n_tries == 1:
+            raise torch.OutOfMemoryError
+        return out
+
+
+def test_what_a_controlnet_gives_is_there_again(monkeypatch):
+    n_emptied = []
+    monkeypatch.setattr(out_of_memory, "give_up_others", lambda model: True)
+    monkeypatch.setattr(mm, "soft_empty_cache", lambda: n_emptied.append(1))
+    taking, control = Taking(Retrying()), {"middle": [torch.ones(3)]}
+    out = taking(torch.zeros(3), control, {"cond_or_uncond": [0]})
+    assert (out.tolist(), taking.n_tries, len(n_emptied)) == ([1, 1, 1], 2, 1)
+
+
+def test_what_other_nodes_do_around_a_forward_is_not_done_twice():
+    taking, options = Taking(Retrying()), {"cond_or_uncond": [0]}
+    options["wrappers"] = {WrappersMP.DIFFUSION_MODEL: {ATTACHMENT: [taking.wrapper], "easycache": [print]}}
+    with pytest.raises(torch.OutOfMemoryError):
+        taking(torch.zeros(3), {"middle": [torch.ones(3)]}, options)
+    assert taking.n_tries == 1
+
+
+def test_torch_compile_sees_the_forward_alone(monkeypatch):
     torch._dynamo.reset()
+    monkeypatch.setattr(out_of_memory, "tensors_of", lambda args: 1 / 0)
 
     class Plain(torch.nn.Module):
         def __init__(self):

@@ -18,7 +18,7 @@ import comfy.sd
 from gguf_native.loader import file_streaming, model_patcher
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.file_streaming import pin_files, stream_from_files, streamer_of, unpin_files
-from gguf_native.loader.packed_layers import packed_layers
+from gguf_native.loader.packed_layers import cache_of, packed_layers
 from gguf_native.ops import streaming
 from gguf_native.ops.layers import GGUFOps
 from gguf_native.ops.streaming import pinned_file_of
@@ -168,6 +168,16 @@ def test_layers_with_a_slot_share_a_streamer(base):
     stream_from_files(base.model, GPU)
     assert streamer_of(base.model) is streamer
     assert streamer.after and streamer.works is None
+
+
+def test_the_cache_of_decoded_weights_is_told_that_weights_stream(base):
+    cache = cache_of(base.model)
+    cache.limit = 1 << 20
+    cache.reset()
+    stream_from_files(base.model, GPU)
+    assert not cache.is_settled
+    streamer_of(base.model).begins()
+    assert cache.is_settled
 
 
 def test_the_ring_is_not_sized_by_a_table_of_words(base, monkeypatch):

@@ -397,6 +397,15 @@ def test_weights_that_have_moved_are_found_and_recorded_anew(model, said, place)
     assert model.steps(3) == [2, 0, 0]
 
 
+def test_given_up_it_is_not_recorded_again(model, said):
+    assert model.steps(5) == RECORDED
+    assert model.graphs.give_up()
+    assert said()[-1] == "off: another forward needs the memory."
+    assert model.graphs.recordings == {}
+    assert model.steps(5) == NEVER
+    assert not model.graphs.give_up()
+
+
 def test_reset_waits_for_the_last_replay_and_forgets(model, monkeypatch):
     model.steps(5)
     waits = []

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from contextlib import nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -226,6 +226,8 @@ class Machine:
 
     def noted(self, send):
         def send_and_note(layer: Layer):
+            # Copies go to the current one.
+            assert torch.cuda.current_stream(CPU) is self.streamer.stream
             sent = send(layer)
             if sent is not None and sent.ready is not None:
                 self.sent.append((layer, sent.ready))
@@ -246,6 +248,15 @@ class Machine:
 def machine(monkeypatch):
     """Makes a Machine: there is no GPU here, so streams, events and DynamicVRAM are stand-ins, the bytes are real."""
     computing = []
+
+    @contextmanager
+    def on_stream(stream: Stream):
+        computing.append(stream)
+        try:
+            yield
+        finally:
+            computing.pop()
+
     monkeypatch.setattr(streaming, "LOOK_AHEAD", 32 * KB)
     monkeypatch.setattr(streaming, "vbar_fault", Slot.fault)
     monkeypatch.setattr(streaming, "vbar_unpin", Slot.unpin)
@@ -253,7 +264,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(streaming, "aimdo_to_tensor", lambda slot, device: slot.memory)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing[-1])
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
 
     def make(layers: list[Layer], files: tuple = ()) -> Machine:
         made = Machine(layers, files)
