@@ -38,7 +38,7 @@ def record_forwards(patcher, workspace: Workspace) -> None:
 def replaying(executor, *args, **kwargs):
     """The host's wrapper around a forward."""
     graphs = None if torch.compiler.is_compiling() else graphs_of(executor.class_obj)
-    options = next((value for value in (*args, *kwargs.values()) if is_options(value)), None)
+    options = options_of(args, kwargs)
     if graphs is None or options is None or torch.is_grad_enabled():
         return executor(*args, **kwargs)
     unread = {"wrappers": {}} | {key: options[key] for key in UNREAD if key in options}
@@ -69,6 +69,11 @@ def forget_graphs(model: torch.nn.Module) -> None:
 
 def is_options(value: object) -> bool:
     return isinstance(value, dict) and "cond_or_uncond" in value
+
+
+def options_of(args: tuple, kwargs: dict) -> dict | None:
+    """The host's `transformer_options` among the arguments of a forward."""
+    return next((value for value in (*args, *kwargs.values()) if is_options(value)), None)
 
 
 def other_wrappers(options: dict) -> list[str]:

@@ -19,8 +19,9 @@ from ..ops.matmul import Workspace
 from . import residency
 from .file_streaming import stop_streaming, stream_from_files, unpin_files
 from .graphs import forget_graphs, record_forwards
+from .load_order import spread
 from .out_of_memory import retry_forwards
-from .packed_layers import block_layers, cache_of, has_packed_weight, packed_layer, packed_layers, unpatched_slots
+from .packed_layers import block_layers, cache_of, packed_layer, packed_layers, unpatched_slots
 from .residency import ATTACHMENT, DIFFUSION
 
 log = logging.getLogger("gguf_native")
@@ -76,6 +77,7 @@ class PackedPatching:
         return model
 
     def cleanup(self):
+        stop_streaming(self.model)
         super().cleanup()
         forget_graphs(self.model)
         # Not the one of `adopt`: a clone without DynamicVRAM has a model of its own.
@@ -105,24 +107,6 @@ class PackedPatching:
         return sd
 
 
-def spread(loading: list[tuple]) -> list[tuple]:
-    """The host's list, in the forward's order, sorted such that what stays of the packed weights is spread over it.
-
-    The host sorts it by its first two entries, (False, ...) for small weights, and keeps what comes first. It takes the
-    largest first: then those that stream lie together, and the bus is idle while others are used. Any beginning of a
-    van der Corput sequence is spread evenly.
-    """
-    packed = [i for i, (is_large, *_, module, _) in enumerate(loading) if is_large and has_packed_weight(module)]
-    ranks = dict(zip(packed, van_der_corput(len(packed)), strict=True))
-    return [(*entry[:1], ranks.get(i, entry[1]), *entry[2:]) for i, entry in enumerate(loading)]
-
-
-def van_der_corput(n: int) -> list[float]:
-    """The digits of 0, 1, ..., n - 1 to the base 2, behind the point and in reverse: of 8, 0 1/2 1/4 3/4 1/8 ..."""
-    n_bits = max(1, (n - 1).bit_length())
-    return [int(f"{i:0{n_bits}b}"[::-1], 2) / 2**n_bits for i in range(n)]
-
-
 # Under the host's own names, because logs and other packs tell the memory mode by them.
 class ModelPatcherDynamic(PackedPatching, comfy.model_patcher.ModelPatcherDynamic):
     """DynamicVRAM: pages weights in from the file by itself."""
@@ -149,10 +133,6 @@ class ModelPatcherDynamic(PackedPatching, comfy.model_patcher.ModelPatcherDynami
         """Free a file's pages, which the system or the disk has anyway, and only then what the host would; bytes."""
         freed = unpin_files(self.model) if "weights" in subsets else 0
         return freed if freed >= n_bytes else freed + free_others(n_bytes - freed, subsets)
-
-    def cleanup(self):
-        stop_streaming(self.model)
-        super().cleanup()
 
 
 class ModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):

@@ -8,11 +8,12 @@ import comfy.model_management as mm
 import torch
 from comfy.model_prefetch import cleanup_prefetch_queues, cleanup_prefetched_modules
 from comfy.patcher_extension import WrappersMP
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from ..ops.graph import tensors_of
 from . import residency
 from .file_streaming import streamer_of
-from .graphs import graphs_of, is_options, other_wrappers
+from .graphs import graphs_of, is_options, options_of, other_wrappers
 from .packed_layers import cache_of
 
 log = logging.getLogger("gguf_native")
@@ -32,9 +33,8 @@ class Retrying:
         self.n_values = math.inf
 
     def __call__(self, executor, *args, **kwargs):
-        options = next((value for value in (*args, *kwargs.values()) if is_options(value)), {})
         # What other nodes do around a forward, such as counting steps, is not to be done twice.
-        if torch.compiler.is_compiling() or other_wrappers(options):
+        if torch.compiler.is_compiling() or other_wrappers(options_of(args, kwargs) or {}):
             return executor(*args, **kwargs)
         model, n_values = executor.class_obj, sum(tensor.numel() for tensor in tensors_of(args))
         if n_values >= self.n_values:
@@ -56,10 +56,6 @@ class Retrying:
             cleanup_prefetched_modules(model.modules())
             mm.soft_empty_cache()
             log_retry()
-
-
-def tensors_of(args: tuple) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
 
 
 def untouched(value: object):

@@ -8,13 +8,13 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
 
+from .capture import capture
 from .matmul import Workspace
 
 log = logging.getLogger("gguf_native")
@@ -29,8 +29,6 @@ LEAST_REPLAYS = 6
 SHARE_OF_LAG = 0.25
 # Of the forward's time, above which replaying is not worth its memory.
 WORTHWHILE = 0.95
-# Graphs whose recording failed.
-ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 class NotPlainError(TypeError):
@@ -164,47 +162,6 @@ class ForwardGraphs:
         if what not in self.said:
             self.said.add(what)
             log.info("GGUF Native: enable_cuda_graph: %s.", what)
-
-
-@contextmanager
-def capture() -> Iterator[torch.cuda.CUDAGraph]:
-    """What is launched within it is recorded, not run; RuntimeError if that cannot be, and then nothing is left of it.
-
-    torch's own `torch.cuda.graph` leaves the stream, the generator of random numbers and the allocator recording then.
-    """
-    graph, pool, device = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_device()
-    generator = torch.cuda.default_generators[device]
-    state = generator.graphsafe_get_state()
-    generator.graphsafe_set_state(generator.clone_state())
-    try:
-        with torch.cuda.stream(recording_stream(device)):
-            try:
-                # Other threads may use the GPU meanwhile.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                yield graph
-            finally:
-                end_capture(graph, device, pool)
-    finally:
-        generator.graphsafe_set_state(state)
-
-
-@cache
-def recording_stream(device: int) -> torch.cuda.Stream:
-    """One for all: on each, cuBLAS keeps memory of its own."""
-    return torch.cuda.Stream(device)
-
-
-def end_capture(graph: torch.cuda.CUDAGraph, device: int, pool: tuple[int, int]) -> None:
-    try:
-        graph.capture_end()
-    except RuntimeError:
-        # Unless it failed after it had done that itself.
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(device, pool)
-            torch._C._cuda_releasePool(device, pool)
-        # torch looks at it when pinned memory is asked for, as long as it believes that it records.
-        ABANDONED.append(graph)
-        raise
 
 
 def n_steps(options: dict) -> int:

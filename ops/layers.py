@@ -182,9 +182,10 @@ class PackedConv(PackedWeight):
         if not is_packed(self.weight):
             return super().forward_comfy_cast_weights(input, *args, **kwargs)
         weight, bias, token = self.borrow_dense(input, input.dtype)
-        out = self._conv_forward(input, weight, bias, *args, **kwargs)
-        self.give_back(weight, bias, token)
-        return out
+        try:
+            return self._conv_forward(input, weight, bias, *args, **kwargs)
+        finally:
+            self.give_back(weight, bias, token)
 
 
 class GGUFOps(HOST):
@@ -271,12 +272,12 @@ class GGUFOps(HOST):
             low_rank = None if side_path is None else side_path.low_rank
             if self.decode_dtype is not None or (side_path is not None and side_path.rewrite is not None):
                 weight, bias, token = self.borrow_dense(input, input.dtype)
-                out = _plus(low_rank, F.linear(input, weight, bias), input)
             else:
                 weight, bias, token = self.borrow(input)
-                out = self._multiply(input, weight, bias, low_rank)
-            self.give_back(weight, bias, token)
-            return out
+            try:
+                return self._multiply(input, weight, bias, low_rank)
+            finally:
+                self.give_back(weight, bias, token)
 
     class Conv1d(PackedConv, HOST.Conv1d):
         pass
@@ -313,16 +314,16 @@ class GGUFOps(HOST):
             if not is_packed(self.weight):
                 return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
             dtype = out_dtype or self.weight.dtype
-            if self.side_path is None:
-                weight, bias, token = self.borrow(input)
-                out = gather_rows(weight, input, dtype)
-            else:
-                weight, bias, token = self.borrow_dense(input, dtype)
+            weight, bias, token = self.borrow(input) if self.side_path is None else self.borrow_dense(input, dtype)
+            try:
+                if self.side_path is None:
+                    return gather_rows(weight, input, dtype)
                 out = F.embedding(input, weight)
                 if self.side_path.low_rank is not None:
                     out += self.side_path.low_rank.rows(input).to(dtype)
-            self.give_back(weight, bias, token)
-            return out
+                return out
+            finally:
+                self.give_back(weight, bias, token)
 
     class LayerNorm(PackedWeight, HOST.LayerNorm):
         pass

@@ -21,7 +21,7 @@ if WHY_NONE is None:
     from .kernels import few_rows
 
 
-# Inputs and streamed weights lie at ever new addresses; a model's layers need far fewer.
+# Inputs and weights that the host streams lie at ever new addresses; a model's layers need far fewer.
 MOST_DONE = 10_000
 
 

@@ -6,7 +6,6 @@ layers cross the bus, so that small layers with large weights (the modulation of
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,46 +16,13 @@ from comfy_aimdo.torch import aimdo_to_tensor
 
 from .layout import on_other_memory
 from .pinned_file import PinnedFile
+from .ring import ALIGNMENT, Place, Ring
 
 log = logging.getLogger("gguf_native")
 
 # Bytes of weights sent before they are needed: the streamed weights of one double block of Flux, of which half is
 # modulation, cross the bus while the block before computes.
 LOOK_AHEAD = 192 << 20
-# What the host aligns weights to in its own memory.
-ALIGNMENT = 1024
-
-
-@dataclass(eq=False)
-class Place:
-    """Bytes `start` to `end` of a ring; `done` happens when the GPU has used them, None while they are in use."""
-
-    start: int
-    end: int
-    done: torch.cuda.Event | None = None
-
-
-class Ring:
-    """Places in a buffer of `nbytes`, taken in a circle and given back in the order in which they were taken."""
-
-    def __init__(self, nbytes: int):
-        self.nbytes, self.head = nbytes, 0
-        self.taken: deque[Place] = deque()
-
-    def take(self, nbytes: int) -> tuple[Place, list] | None:
-        """A place and the events to wait for before it is written; None while those who have it are not done."""
-        start = self.head if self.head + nbytes <= self.nbytes else 0
-        new = Place(start, start + -(-nbytes // ALIGNMENT) * ALIGNMENT)
-        overlapping = [i for i, old in enumerate(self.taken) if old.start < new.end and new.start < old.end]
-        n_before = overlapping[-1] + 1 if overlapping else 0
-        before = [self.taken[i].done for i in range(n_before)]
-        if nbytes > self.nbytes or None in before:
-            return None
-        for _ in range(n_before):
-            self.taken.popleft()
-        self.taken.append(new)
-        self.head = new.end
-        return new, before
 
 
 @dataclass(eq=False)
@@ -79,8 +45,7 @@ class Sent:
     """A weight on its way to the GPU or there: packed `weight`, `bias` or None, and the event of its arrival."""
 
     streamer: "Streamer"
-    slot: tuple
-    nbytes: int
+    source: Source
     weight: torch.Tensor
     bias: torch.Tensor | None
     ready: torch.cuda.Event | None
@@ -109,7 +74,6 @@ class Streamer:
         self.sources: dict[torch.nn.Module, Source] = {}
         self.sent: dict[torch.nn.Module, Sent] = {}
         self.n_ahead = 0  # bytes of `sent`
-        self.in_use: Sent | None = None
         # The layer that the ring was begun with, and the one borrowed last.
         self.first: torch.nn.Module | None = None
         self.last: torch.nn.Module | None = None
@@ -117,9 +81,8 @@ class Streamer:
 
     def reset(self) -> None:
         """Give back what was sent and not used, and the ring: after sampling, and before it where one was cancelled."""
-        if self.in_use is not None or self.sent or self.buffer is not None:
+        if self.sent or self.buffer is not None:
             self.compute = torch.cuda.current_stream(self.device.index)
-            self._take_back()
             self._drop_sent()
             # The ring's memory may serve others at once.
             self.compute.wait_stream(self.stream)
@@ -142,15 +105,13 @@ class Streamer:
         if not self.works:
             return None
         self.compute = torch.cuda.current_stream(self.device.index)
-        self._take_back()
         sent = self.sent.pop(layer, None)
         if sent is not None:
-            self.n_ahead -= sent.nbytes
+            self.n_ahead -= sent.source.nbytes
         else:
             sent = self._send_now(layer)
         if sent is None:
             return None
-        self.in_use = sent
         if sent.ready is not None:
             self.compute.wait_event(sent.ready)
         if self.last is not None and self.last is not layer:
@@ -161,17 +122,9 @@ class Streamer:
             self._send_ahead(layer)
         return sent
 
-    def _take_back(self) -> None:
-        """Of a use that ended in an exception."""
-        if self.in_use is not None:
-            self.give_back(self.in_use)
-
     def give_back(self, sent: Sent) -> None:
-        if self.in_use is not sent:
-            return  # it was taken back
-        self.in_use = None
         if sent.place is None:
-            vbar_unpin(sent.slot)
+            vbar_unpin(sent.source.slot)
         else:
             sent.place.done = self.compute.record_event()
 
@@ -203,11 +156,11 @@ class Streamer:
                     return
                 if sent.ready is None:
                     # It is kept by now, and is borrowed without us.
-                    vbar_unpin(sent.slot)
+                    vbar_unpin(sent.source.slot)
                     self.after[tip] = self.after.pop(following, None)
                     continue
                 self.sent[following] = sent
-                self.n_ahead += sent.nbytes
+                self.n_ahead += sent.source.nbytes
                 tip = following
 
     def _send(self, layer: torch.nn.Module) -> Sent | None:
@@ -218,7 +171,7 @@ class Streamer:
         if source.may_stay:
             signature = vbar_fault(source.slot)
             if vbar_signature_compare(signature, layer._v_signature):
-                return Sent(self, source.slot, source.nbytes, layer._v_weight, layer._v_bias, None, None)
+                return Sent(self, source, layer._v_weight, layer._v_bias, None, None)
             if signature is not None:
                 return self._send_to_stay(layer, source, signature)
         # Whom DynamicVRAM has refused it refuses until the next load, at which all of this begins anew.
@@ -240,7 +193,7 @@ class Streamer:
             bias.copy_(layer.bias, non_blocking=True)
         weight._qdata.copy_(source.blocks, non_blocking=True)
         layer._v_weight, layer._v_bias, layer._v_signature = weight, bias, signature
-        return Sent(self, source.slot, source.nbytes, weight, bias, self.stream.record_event(), None)
+        return Sent(self, source, weight, bias, self.stream.record_event(), None)
 
     def _send_into_ring(self, layer: torch.nn.Module, source: Source) -> Sent | None:
         if self.buffer is None and not self._make_buffer():
@@ -260,7 +213,7 @@ class Streamer:
             self._move(layer, source, place.start)
         source.there.copy_(source.blocks, non_blocking=True)
         ready = self.stream.record_event()
-        return Sent(self, source.slot, source.nbytes, source.weight, source.bias, ready, place)
+        return Sent(self, source, source.weight, source.bias, ready, place)
 
     def _make_buffer(self) -> bool:
         """The ring's memory; without room for it the host's smaller buffers serve until sampling ends."""
@@ -296,7 +249,7 @@ class Streamer:
             if sent.place is None:
                 # By its signature the weight is there: whoever finds it must not read before it is.
                 self.compute.wait_event(sent.ready)
-                vbar_unpin(sent.slot)
+                vbar_unpin(sent.source.slot)
             else:
                 # Nothing reads it, but its copy may be under way: the next one is behind it on the same stream.
                 sent.place.done = sent.ready

@@ -43,7 +43,9 @@ OPS_ORDER = (
     "compute",
     "lora",
     "pinned_file",
+    "ring",
     "streaming",
+    "capture",
     "graph",
     "layers",
 )
@@ -61,6 +63,7 @@ MEETS_HOST = {
     "loader.lora_files",
     "loader.file_streaming",
     "loader.graphs",
+    "loader.load_order",
     "loader.packed_layers",
     "loader.model_patcher",
     "loader.out_of_memory",

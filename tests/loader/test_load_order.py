@@ -9,7 +9,7 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 
 from comfy.model_patcher import ModelPatcher
 from gguf_native.loader.diffusion_model import load_diffusion_model
-from gguf_native.loader.model_patcher import van_der_corput
+from gguf_native.loader.load_order import van_der_corput
 from gguf_native.loader.packed_layers import has_packed_weight
 
 FLUX = "tiny_flux_256"

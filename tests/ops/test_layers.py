@@ -9,6 +9,7 @@ pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, 
 
 import comfy.model_management
 import comfy.ops
+from gguf_native.ops import layers
 from gguf_native.ops.compute import METHODS, Chosen
 from gguf_native.ops.dequantize import dequantize
 from gguf_native.ops.eight_bits import row_scales
@@ -220,6 +221,29 @@ def test_cancel_stops_at_the_next_layer(name):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         ours(x)
     ours(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "x", "product"),
+    [
+        ("Linear", (256, 4), torch.ones(1, 256), "linear"),
+        ("Embedding", (4, 256), torch.tensor([1]), "gather_rows"),
+        ("Conv2d", (32, 8, 3), torch.ones(1, 32, 4, 4), None),
+    ],
+)
+def test_a_forward_that_fails_gives_the_weight_back(name, arguments, x, product, monkeypatch):
+    """Memory may run out in it, and it runs again: DynamicVRAM and the ring want back what was borrowed."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    ours, given_back = getattr(GGUFOps, name)(*arguments, **({} if name == "Embedding" else {"bias": False})), []
+    ours.load_state_dict({"weight": packed_weight(tuple(getattr(HOST, name)(*arguments).weight.shape), "Q8_0")})
+    monkeypatch.setattr(*((layers, product) if product else (ours, "_conv_forward")), full)
+    monkeypatch.setattr(ours, "give_back", lambda weight, bias, token: given_back.append(weight))
+    with pytest.raises(torch.OutOfMemoryError):
+        ours(x)
+    assert len(given_back) == 1
 
 
 def test_weight_functions_of_others_see_the_decoded_weight():
