@@ -70,7 +70,8 @@ def main() -> None:
             kept = folder / f"soak-{run}.pt"
             try:
                 latent, *_ = flux_run.sample(flux_run.loras(models[run.file], run.loras, 16), run.resolution, run.batch)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                # Out of memory in any of its ways, and whatever else a user would see.
                 failed.append(f"{run}: {str(error).splitlines()[0][:150]}")
                 continue
             if cap is None:

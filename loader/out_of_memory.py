@@ -44,7 +44,7 @@ class Retrying:
             try:
                 return executor(*map(untouched, args), **{key: untouched(value) for key, value in kwargs.items()})
             except Exception as error:
-                if not mm.is_oom(error):
+                if not is_out_of_memory(error):
                     raise
                 stage = next((stage for stage in stages if stage(model)), None)
                 if stage is None:
@@ -56,6 +56,11 @@ class Retrying:
             cleanup_prefetched_modules(model.modules())
             mm.soft_empty_cache()
             log_retry()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """The host's own question knows CUDA's and torch's errors, not that of DynamicVRAM's buffer for weights."""
+    return mm.is_oom(error) or str(error).startswith("VRAM grow failed")
 
 
 def untouched(value: object):

@@ -45,6 +45,18 @@ class Host(NamedTuple):
     advance: Callable[[], None]
 
 
+class Ram:
+    """Memory for activations that have no room on the GPU, pinned as long as it lives if the host pins it.
+
+    To lock memory takes longer than to copy into it.
+    """
+
+    def __init__(self, n_bytes: int, host: Host):
+        self.bytes = torch.empty(n_bytes, dtype=torch.uint8)
+        if host.pin(self.bytes):
+            weakref.finalize(self, host.unpin, self.bytes)
+
+
 class Rows:
     """An activation [height, batch, channels, width]: so a strip of it is one piece of memory, which may lie in RAM."""
 
@@ -131,6 +143,8 @@ class StripDecoder:
         self.decoder = decoder
         self.host = host
         self.like = latent
+        # Of activations that are used up.
+        self.spare: list[Ram] = []
         most = STRIP_BYTES.get(latent.device.type, MOST_STRIP_BYTES)
         self.strip_bytes = int(min(most, host.free_bytes() / STRIP_PART))
 
@@ -202,13 +216,21 @@ class StripDecoder:
 
     def _room(self, *shape: int) -> Rows:
         """Memory for an activation: on the device if at least as much stays free there, else in RAM."""
-        fits = prod(shape) * self.like.itemsize <= self.host.free_bytes() / 2
-        if fits or self.like.device.type == "cpu":
+        n_bytes = prod(shape) * self.like.itemsize
+        if n_bytes <= self.host.free_bytes() / 2 or self.like.device.type == "cpu":
             return Rows(self.like.new_empty(shape))
-        rows = Rows(torch.empty(shape, dtype=self.like.dtype))
-        if self.host.pin(rows.values):
-            weakref.finalize(rows, self.host.unpin, rows.values)
+        ram = self._ram(n_bytes)
+        rows = Rows(ram.bytes[:n_bytes].view(self.like.dtype).view(shape))
+        weakref.finalize(rows, self.spare.append, ram)
         return rows
+
+    def _ram(self, n_bytes: int) -> Ram:
+        for i, ram in enumerate(self.spare):
+            if ram.bytes.nbytes >= n_bytes:
+                return self.spare.pop(i)
+        # Activations grow from layer to layer: smaller ones hardly serve again.
+        self.spare.clear()
+        return Ram(n_bytes, self.host)
 
     def _positions(self, x: Rows) -> torch.Tensor:
         """[batch, 1, positions, channels] on the device."""

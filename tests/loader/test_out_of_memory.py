@@ -1,5 +1,6 @@
 """A forward that runs out of GPU memory, which an exception at the right place stands for here."""
 
+import inspect
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from sampling import sample
 pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
 
 import comfy.model_management as mm
+import comfy_aimdo.vram_buffer
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from gguf_native.loader import out_of_memory
 from gguf_native.loader.diffusion_model import load_diffusion_model
@@ -109,6 +111,7 @@ class Owner(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.wrapper, self.tried, self.has_others, self.has_ring = Retrying(), [], False, True
+        self.error: Exception = torch.OutOfMemoryError()
 
     def forward(self, x):
         return WrapperExecutor.new_class_executor(self.plain, self, [self.wrapper]).execute(x)
@@ -116,7 +119,7 @@ class Owner(torch.nn.Module):
     def plain(self, x):
         self.tried.append(x.numel())
         if x.numel() > 20 - 8 * self.has_others - 8 * self.has_ring:
-            raise torch.OutOfMemoryError
+            raise self.error
         return x + 1
 
 
@@ -151,6 +154,16 @@ def test_only_what_has_to_goes_and_only_large_forwards_go_without_the_ring(owner
         assert (owner.tried, owner.has_ring) == ([n_values] * tries, keeps_ring)
     with pytest.raises(torch.OutOfMemoryError):
         owner(torch.zeros(21))
+
+
+def test_the_error_of_dynamic_vram_is_one_too(owner):
+    """Of the buffer that a weight without room goes through: the host's own question does not know it."""
+    text = "VRAM grow failed"
+    assert f'RuntimeError(f"{text}: ' in inspect.getsource(comfy_aimdo.vram_buffer.VRAMBuffer.get)
+    error = RuntimeError(f"{text}: 16777216 bytes")
+    assert not mm.is_oom(error)
+    owner.error, owner.has_others = error, True
+    assert torch.equal(owner(torch.zeros(8)), torch.ones(8)) and owner.tried == [8, 8]
 
 
 def test_another_error_is_not_tried_again(owner, monkeypatch):

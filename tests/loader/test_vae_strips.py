@@ -261,6 +261,32 @@ def test_norms_do_not_lose_a_small_spread_beside_a_large_mean():
     assert torch.equal(rows.strip(0, 9, x.device), x)
 
 
+def test_ram_is_pinned_once_for_several_activations():
+    """A latent that is nowhere stands for one on a GPU without room."""
+    pinned = []
+    host = Host(
+        None,
+        None,
+        lambda: 0,
+        lambda ram: pinned.append(ram.nbytes) or True,
+        lambda ram: pinned.remove(ram.nbytes),
+        None,
+        None,
+    )
+    strips = StripDecoder(None, host, torch.empty(1, 4, 8, 8, device="meta"))
+    first, second = strips._room(8, 1, 4, 8), strips._room(8, 1, 4, 8)
+    assert (first.values.shape, first.values.device.type, pinned) == ((8, 1, 4, 8), "cpu", [1024, 1024])
+    place = first.values.data_ptr()
+    del first
+    smaller = strips._room(6, 1, 4, 8)
+    assert smaller.values.data_ptr() == place and pinned == [1024, 1024]
+    del smaller
+    larger = strips._room(8, 1, 8, 8)
+    assert pinned == [1024, 2048]
+    del second, larger, strips
+    assert pinned == []
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_does_not_fit_the_gpu_lies_in_ram(dtype):
@@ -280,4 +306,4 @@ def test_what_does_not_fit_the_gpu_lies_in_ram(dtype):
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     assert difference(pictures[0], pictures[1]) < tolerance
     assert difference(pictures[0], plain) < tolerance
-    assert peaks[0] < peaks[1] / 2
+    assert peaks[0] < 0.7 * peaks[1]
