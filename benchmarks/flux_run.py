@@ -111,15 +111,15 @@ def lora(number: int, rank: int, layers: tuple[tuple[str, int, int], ...]) -> di
     return tensors
 
 
-def loras(model, count: int, rank: int, strength: float = 1.0):
-    """`count` random LoRAs on all attention and MLP matrices of the blocks."""
+def loras(model, count: int, rank: int, strength: float = 1.0, first: int = 0):
+    """`count` random LoRAs on all attention and MLP matrices of the blocks; others for another number of the first."""
     wanted = ("attn.qkv", "attn.proj", "mlp", "linear1", "linear2")
     layers = tuple(
         (name, module.in_features, module.out_features)
         for name, module in model.model.diffusion_model.named_modules()
         if "_blocks" in name and any(part in name for part in wanted) and hasattr(module, "in_features")
     )
-    for number in range(count):
+    for number in range(first, first + count):
         # The host takes away what it has read.
         model, _ = comfy.sd.load_lora_for_models(model, None, dict(lora(number, rank, layers)), strength, 0.0)
     return model
@@ -209,7 +209,7 @@ def measure(model, compute: str, resolution: int) -> dict[str, object]:
 
 def error(latent: torch.Tensor, compute: str, resolution: int) -> float | None:
     """Relative to the native latent of the same resolution, LoRAs and weights; None if there is none."""
-    name = f"{os.path.basename(options.file)}-{resolution}-{options.loras}-{options.steps}.pt"
+    name = f"{os.path.basename(options.file)}-{resolution}-{options.loras}-{options.rank}-{options.steps}.pt"
     path = os.path.join(options.latents or "/nowhere", name)
     if compute == "native":
         natives[name] = latent

@@ -1,10 +1,10 @@
 """One process of memory.py: Flux in the real ComfyUI engine, its times and the memory that each stage takes.
 
-    python benchmarks/memory_run.py COMFYUI FILE [--decode] [--change-strength] [arguments of flux_run.py]
+    python benchmarks/memory_run.py COMFYUI FILE [--decode] [--change-loras] [arguments of flux_run.py]
 
 Stages: loading, a first sampling, two more of which the times are taken (eight of small pictures), with --decode a
-picture by a VAE of Flux's size. Several --compute are run in turns. --change-strength times the first step after the
-LoRAs got another strength, three times.
+picture by a VAE of Flux's size. Several --compute are run in turns. --change-loras times the first step after the LoRAs
+got another strength, and after others took their place, three times each.
 Prints one JSON line for each compute and resolution after RESULT. VRAM is that of the whole device since the start,
 without the CUDA context, and null without a GPU.
 """
@@ -20,7 +20,7 @@ import time
 
 parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("--decode", action="store_true")
-parser.add_argument("--change-strength", action="store_true")
+parser.add_argument("--change-loras", action="store_true")
 stages, sys.argv[1:] = parser.parse_known_args()
 
 # Starts ComfyUI as its arguments say.
@@ -94,9 +94,8 @@ def flux_vae() -> comfy.sd.VAE:
     return comfy.sd.VAE(sd={name: torch.randn(shape).half() * 0.02 for name, shape in shapes.items()})
 
 
-def strength_changed(base, model, resolution: int) -> float:
-    """Seconds that the first step takes longer after a change of strength: medians, for they vary by as much."""
-    other = flux_run.loras(base, options.loras, options.rank, OTHER_STRENGTH)
+def changed(model, other, resolution: int) -> float:
+    """Seconds that the first step takes longer after a change between two models: medians, for they vary by as much."""
     flux_run.sample(model, resolution)
     changed, usual = [], []
     for one in (other, model, other):
@@ -134,9 +133,11 @@ def measure(
     for _ in range((ROUNDS if resolution >= LARGE else ROUNDS_OF_SMALL) - 1):
         for compute, model in models.items():
             warm[compute].append(flux_run.sample(model, resolution))
-    changed = {}
-    if stages.change_strength:
-        changed = {compute: strength_changed(bases[compute], models[compute], resolution) for compute in models}
+    strength, swap = {}, {}
+    for compute, model in models.items() if stages.change_loras else ():
+        base, count, rank = bases[compute], options.loras, options.rank
+        strength[compute] = changed(model, flux_run.loras(base, count, rank, OTHER_STRENGTH), resolution)
+        swap[compute] = changed(model, flux_run.loras(base, count, rank, first=count), resolution)
     with LeastFree(free_at_start) as decoding:
         if stages.decode:
             flux_vae().decode(latent)
@@ -154,7 +155,8 @@ def measure(
             "steps": [round(step, 4) for _, _, step in warm[compute]],
             "finite": all(bool(latent.isfinite().all()) for latent, _, _ in warm[compute]),
             "error": flux_run.error(warm[compute][-1][0].cpu().double(), compute, resolution),
-            "after_change_of_strength": changed.get(compute),
+            "after_change_of_strength": strength.get(compute),
+            "after_swap_of_loras": swap.get(compute),
             "vram_loading_gb": at_loading,
             "vram_sampling_gb": sampling[compute],
             "vram_decoding_gb": decoding.gb if stages.decode else None,

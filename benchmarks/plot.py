@@ -57,11 +57,13 @@ def kernels() -> None:
 def memory() -> None:
     """Seconds per step over those of the row that each is compared with, and the VRAM that sampling took.
 
-    Each row has got the letter of its machine by hand: see docs/memory.md.
+    A row may have got the letter of its machine by hand, where rows of several were put together.
     """
     rows = json.loads((RESULTS / "memory.json").read_text())["rows"].values()
     rows = [row for row in rows if row["table"] != "reference" and row["ratio"] is not None]
-    names = [f"{row['table']}: {row['row']}, {row['compute']}, {row['resolution']} ({row['machine']})" for row in rows]
+    names = [
+        f"{row['table']}: {row['row']}, {row['compute']}, {row['resolution']} {row.get('machine', '')}" for row in rows
+    ]
     figure, axes = plt.subplots(figsize=(9, 0.2 * len(rows) + 1))
     colours = [COMPUTES.get(row["compute"], "tab:gray") for row in rows]
     bars = axes.barh(range(len(rows)), [row["ratio"] for row in rows], color=colours)

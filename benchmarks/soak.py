@@ -25,8 +25,7 @@ parser.add_argument("--seconds", type=float, default=float("inf"), help="begin n
 soak, rest = parser.parse_known_args()
 folder = soak.folder.resolve()
 files = sorted((*folder.glob("flux-*.gguf"), *folder.glob("sdxl.gguf")))
-# Two forwards: what follows them are the same.
-sys.argv[1:] = [soak.comfyui, str(files[0]), "--steps", "2", *rest]
+sys.argv[1:] = [soak.comfyui, str(files[0]), *rest]
 os.environ["GGUF_NATIVE_MEMORY_MODE"] = "balanced"
 
 # Starts ComfyUI as its arguments say.
@@ -34,18 +33,31 @@ import flux_run  # noqa: E402
 import torch  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "soak.json"
-# Pixels of a side, and pictures at once.
-SHAPES = ((512, 1), (512, 2), (512, 4), (768, 2), (1024, 1), (1024, 2), (1024, 4), (1536, 1), (2048, 1))
+# Pixels of a side, pictures at once, forwards: two show what any do, nine keep decoded weights and record a CUDA graph.
+SHAPES = (
+    (512, 1, 9),
+    (512, 2, 9),
+    (512, 3, 2),
+    (512, 4, 9),
+    (768, 2, 9),
+    (1024, 1, 2),
+    (1024, 2, 2),
+    (1024, 3, 2),
+    (1024, 4, 2),
+    (1536, 1, 2),
+    (2048, 1, 2),
+)
 
 
 class Run(NamedTuple):
     file: Path
     resolution: int
     batch: int
+    steps: int
     loras: int
 
     def __str__(self) -> str:
-        return f"{self.file.stem}-{self.resolution}-{self.batch}-{self.loras}"
+        return f"{self.file.stem}-{self.resolution}-{self.batch}-{self.steps}-{self.loras}"
 
 
 def runs() -> list[Run]:
@@ -68,6 +80,7 @@ def main() -> None:
                 break
             done += 1
             kept = folder / f"soak-{run}.pt"
+            flux_run.options.steps = run.steps
             try:
                 latent, *_ = flux_run.sample(flux_run.loras(models[run.file], run.loras, 16), run.resolution, run.batch)
             except RuntimeError as error:

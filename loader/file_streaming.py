@@ -71,22 +71,27 @@ def pin_files(files: list[PinnedFile], device: torch.device) -> bool:
     return True
 
 
+def files_of(model: torch.nn.Module) -> list[PinnedFile]:
+    """Those that packed weights of a model view."""
+    files = map(pinned_file_of, packed_layers(model).values())
+    return list({id(file): file for file in files if file is not None}.values())
+
+
 def unpin_files(model: torch.nn.Module) -> int:
     """Bytes that the host counts as pinned no more."""
-    layers = packed_layers(model).values()
-    files = {id(file): file for file in map(pinned_file_of, layers) if file is not None and file.is_asked_for}
+    files = [file for file in files_of(model) if file.is_asked_for]
     if files:
         stop_streaming(model)
         if getattr(model, "current_patcher", None) is not None:
             log_unpinned_while_sampling()
-    for file in files.values():
+    for file in files:
         # A copy from it may be under way.
         torch.cuda.synchronize(file.device)
         file.unpin()
         mm.TOTAL_PINNED_MEMORY -= file.nbytes
     # The next load makes another; layers that hold what holds them would stay until the garbage collector comes.
     set_streamer(model, {})
-    return sum(file.nbytes for file in files.values())
+    return sum(file.nbytes for file in files)
 
 
 @cache

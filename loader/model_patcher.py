@@ -17,7 +17,7 @@ from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.lora import n_loras, side_path
 from ..ops.matmul import Workspace
 from . import residency
-from .file_streaming import stop_streaming, stream_from_files, unpin_files
+from .file_streaming import files_of, stop_streaming, stream_from_files, unpin_files
 from .graphs import forget_graphs, record_forwards
 from .load_order import spread
 from .out_of_memory import retry_forwards
@@ -74,6 +74,9 @@ class PackedPatching:
                 layer.side_path = None
                 layer.workspace.release()
             move_choices(self.model, self.offload_device)
+            # The loader's result, which ComfyUI keeps, may be used again: then they come from the system's cache.
+            for file in files_of(self.model):
+                file.give_pages_back()
         return model
 
     def cleanup(self):

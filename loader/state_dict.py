@@ -35,7 +35,7 @@ def read_state_dict(path: str, streaming: bool = True) -> tuple[dict[str, torch.
     file = open_gguf(path)
     if streaming and _host_can_stream():
         sd = {name: _tensor(file, info, file.read(name)) for name, info in file.tensors.items()}
-        _attach_file_slices(file, sd)
+        _attach_file(file, sd)
     else:
         progress = comfy.utils.ProgressBar(sum(info.nbytes for info in file.tensors.values()))
         sd = {name: _tensor(file, info, _read_now(info, progress)) for name, info in file.tensors.items()}
@@ -76,10 +76,11 @@ def _host_can_stream() -> bool:
     return False
 
 
-def _attach_file_slices(file: GGUFFile, sd: dict[str, torch.Tensor]) -> None:
-    """Tell DynamicVRAM where in the file each tensor lies, as `comfy.utils.load_safetensors` does for safetensors."""
-    if not comfy.memory_management.aimdo_enabled:
-        return
+def _attach_file(file: GGUFFile, sd: dict[str, torch.Tensor]) -> None:
+    """Note at each tensor's storage the file that it views.
+
+    DynamicVRAM is told the place in it too, as `comfy.utils.load_safetensors` does for safetensors.
+    """
     lock = threading.Lock()
     handles, pinned = {}, {}
     for name, info in file.tensors.items():
@@ -87,8 +88,10 @@ def _attach_file_slices(file: GGUFFile, sd: dict[str, torch.Tensor]) -> None:
             handles[info.path] = open(info.path, "rb", buffering=0)  # noqa: SIM115 (closed with the last tensor)
             pinned[info.path] = PinnedFile(file.mapping(name), handles[info.path])
         tensor = getattr(sd[name], "_qdata", sd[name])
-        if tensor.nbytes == info.nbytes:
-            tensor.untyped_storage()._gguf_native_file = pinned[info.path]
+        if tensor.nbytes != info.nbytes:
+            continue
+        tensor.untyped_storage()._gguf_native_file = pinned[info.path]
+        if comfy.memory_management.aimdo_enabled:
             tensor.untyped_storage()._comfy_tensor_file_slice = comfy.memory_management.TensorFileSlice(
                 handles[info.path], lock, info.offset, info.nbytes
             )

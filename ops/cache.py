@@ -152,8 +152,9 @@ class DecodedCache:
         self.requests = {}
 
     def weights_stream(self) -> None:
-        """Keep nothing in this sampling."""
-        if not self.is_settled:
+        """Keep nothing in this sampling, nor what is kept already."""
+        if self.kept or not self.is_settled:
+            self.give_up()
             self._keep_nothing()
 
     def _keep_nothing(self) -> None:

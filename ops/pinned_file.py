@@ -51,6 +51,11 @@ class PinnedFile:
             self.release()
         self.pinning = None
 
+    def give_pages_back(self) -> None:
+        """Have them no longer count as this process's memory; the system keeps them as long as it has room."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
     def _register(self, device: torch.device) -> bool:
         # Locking pages reads what is not in memory, in small pieces; this asks the disk for large ones.
         os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

@@ -126,6 +126,14 @@ def test_what_is_unloaded_stays_in_the_file(server, warm, samples):
     assert own(server) <= before + SLACK
 
 
+def test_what_is_unloaded_gives_its_pages_back(server, warm, samples, file_size, request):
+    """Though the server keeps the loader's result, which views the file."""
+    server.run(flux(samples, LARGE[0]))
+    server.request("/free", {"unload_models": True})
+    assert comes_true(lambda: pages_of_models(server).get(LARGE[0], 0) < 0.1 * file_size)
+    assert (LARGE[0] in pages_of_models(server)) == ("streaming" in request.node.callspec.id)
+
+
 def test_pages_are_given_back(server, warm, samples, file_size, request):
     streaming = "streaming" in request.node.callspec.id
     server.run(flux(samples, LARGE[0], seed=3))

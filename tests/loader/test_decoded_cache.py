@@ -141,8 +141,20 @@ def test_no_room_nothing_kept_and_said(samples, monkeypatch, caplog, decoded):
     assert "0 MB being free for it" in caplog.text
 
 
-def test_dynamic_vram(samples, decoded, dynamic_vram_on_cpu):
+def test_dynamic_vram(samples, decoded, dynamic_vram_on_cpu, monkeypatch):
     expected = sample(load(samples, 0), MODEL, STEPS)
     patcher = load(samples, LIMIT)
     assert patcher.is_dynamic()
+    predict, counted = patcher.model.apply_model, []
+
+    def between_steps(*arguments, **options):
+        result = predict(*arguments, **options)
+        kept = cache_of(patcher.model).nbytes
+        counted.append((kept, patcher.loaded_size() - kept))
+        return result
+
+    monkeypatch.setattr(patcher.model, "apply_model", between_steps)
     assert torch.equal(sample(patcher, MODEL, STEPS), expected)
+    # The host sees what is kept on top of the weights that it has loaded.
+    (kept, loaded) = counted[-1]
+    assert kept > 0 and [size for _, size in counted] == [loaded] * STEPS

@@ -156,6 +156,15 @@ def test_only_what_has_to_goes_and_only_large_forwards_go_without_the_ring(owner
         owner(torch.zeros(21))
 
 
+def test_what_only_saves_time_goes_first_and_the_ring_last(owner, monkeypatch):
+    given_up = []
+    for what in ("give_up_ring", "give_up_others", "give_up_kept"):
+        monkeypatch.setattr(out_of_memory, what, lambda model, what=what: given_up.append(what) or True)
+    with pytest.raises(torch.OutOfMemoryError):
+        owner(torch.zeros(21))
+    assert given_up == ["give_up_kept", "give_up_others", "give_up_ring"]
+
+
 def test_the_error_of_dynamic_vram_is_one_too(owner):
     """Of the buffer that a weight without room goes through: the host's own question does not know it."""
     text = "VRAM grow failed"

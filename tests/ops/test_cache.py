@@ -144,6 +144,19 @@ def test_nothing_once_the_streamer_has_said_that_weights_stream(caplog):
     assert model.kept()
 
 
+def test_what_is_kept_goes_when_weights_begin_to_stream(caplog):
+    """Something else has taken GPU memory meanwhile, and DynamicVRAM has given up packed weights."""
+    model = Model(MEGABYTE)
+    for _ in range(3):
+        model.forward()
+    assert model.kept() and model.cache.nbytes
+    with caplog.at_level("INFO", "gguf_native"):
+        model.cache.weights_stream()
+    assert (model.kept(), model.cache.nbytes) == ([], 0)
+    assert "weights stream" in caplog.text
+    assert model.forward() and not model.kept()
+
+
 def test_after_loading_the_blocks_of_the_first_forward_are_others():
     model = Model(limit=MEGABYTE)
     model.forward()
