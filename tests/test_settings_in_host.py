@@ -29,6 +29,10 @@ LORA_FILES = re.compile(r"GGUF Native: LoRA (\w+)\.safetensors (stays in|leaves)
 KEPT = re.compile(r"GGUF Native: quant_cache_size: (\d+) of (\d+) decoded weights are kept while sampling, ([\d.]+) MB")
 DECODING = "GGUF Native: decoding 2 latent(s) one at a time (vae_slicing)."
 STRIPS = "do not fit for one picture: decoding it in strips of rows."
+TILES = "do not fit for one picture: decoding it in tiles."
+# Pixels at the left and the right of 768 that tiles decode as the whole: the decoder of tiny_flux_taesd sees 19 latents
+# of 8 pixels to each side, and the outermost tile is 32 wide.
+UNSEAMED = (32 - 19) * 8
 # Loaded models as the log names them.
 TEXT, FLUX = ("FluxClipModel_", "text encoder"), ("Flux", "diffusion model")
 LOADING_VAE = "Requested to load AutoencodingEngine"
@@ -248,22 +252,47 @@ def peak(server: Server, graph: Graph) -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())[1]) * 1024 - before
 
 
+@pytest.fixture(scope="module")
+def small(comfyui, samples, tmp_path_factory):
+    """A server with vae_slicing that finds little memory free."""
+    base = tmp_path_factory.mktemp("small")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "little_memory.py").write_text(LITTLE_MEMORY)
+    with server_with(comfyui, samples, base, vae_slicing="on") as server:
+        yield server
+
+
+def one_picture(samples: ModuleType, width: int, height: int) -> Graph:
+    graph = flux(samples)
+    graph["latent"]["inputs"] |= {"width": width, "height": height, "batch_size": 1}
+    graph["sampler"]["inputs"]["steps"] = 1
+    return graph
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets the peak of a process")
-def test_vae_slicing_of_a_picture_that_does_not_fit(comfyui, samples, tmp_path, plain):
+def test_vae_slicing_of_a_picture_that_does_not_fit(samples, plain, small):
     """The picture by the first run, the peak by a second one that samples nothing."""
-    large = flux(samples)
-    large["latent"]["inputs"] |= {"width": 512, "height": 512, "batch_size": 1}
-    large["sampler"]["inputs"]["steps"] = 1
+    large = one_picture(samples, 512, 512)
     again = large | {"image": node("VAEDecode", samples=["latent", 0], vae=["vae", 0])}
-    (tmp_path / "custom_nodes").mkdir()
-    (tmp_path / "custom_nodes" / "little_memory.py").write_text(LITTLE_MEMORY)
     expected = pictures(plain, large)
-    with server_with(comfyui, samples, tmp_path, vae_slicing="on") as server:
-        assert difference(pictures(server, large), expected) <= BY_SLICING
-        peaks = peak(server, again), peak(plain, again)
-        assert server.log().count(STRIPS) == 2
+    assert difference(pictures(small, large), expected) <= BY_SLICING
+    peaks = peak(small, again), peak(plain, again)
+    assert small.log().count(STRIPS) == 2
     assert STRIPS not in plain.log()
     assert peaks[0] < 0.7 * peaks[1]
+
+
+def test_vae_slicing_of_a_picture_that_goes_in_tiles(samples, plain, small):
+    """A decoder that strips do not know; at both ends of the picture a tile sees all that the whole one shows it."""
+    wide = one_picture(samples, 768, 64)
+    wide["vae"]["inputs"]["vae_name"] = samples.gguf("tiny_flux_taesd", "Q8_0").name
+    expected, tiled = pictures(plain, wide), pictures(small, wide)
+    assert difference(tiled[:, :, :UNSEAMED], expected[:, :, :UNSEAMED]) <= BY_SLICING
+    assert difference(tiled[:, :, -UNSEAMED:], expected[:, :, -UNSEAMED:]) <= BY_SLICING
+    # What a tile does not see shows at its seams.
+    assert difference(tiled, expected) > BY_SLICING
+    assert small.log().count(TILES) == 1
+    assert TILES not in plain.log()
 
 
 def with_loras(graph: Graph, *names: str) -> Graph:

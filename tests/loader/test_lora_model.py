@@ -18,6 +18,7 @@ import folder_paths
 from comfy_extras import nodes_hooks, nodes_model_merging
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.lora import LoraMismatchError, apply_lora
+from gguf_native.loader.model_patcher import ModelPatcher as PackedPatcher
 from gguf_native.loader.packed_layers import packed_layers
 from gguf_native.loader.text_encoder import load_text_encoder
 from gguf_native.nodes.apply_lora import LoraLoaderGGUF
@@ -102,16 +103,26 @@ def predict(patcher: ModelPatcher, name: str) -> torch.Tensor:
     return model.apply_model(noise, sigma, **{key: value.cond for key, value in conditions.items()})
 
 
-def loaded_in_part(patcher: ModelPatcher) -> ModelPatcher:
-    """Have some layers loaded and some not, then some more unloaded: as in a full VRAM without DynamicVRAM."""
+def are_loaded(patcher: ModelPatcher) -> set[bool]:
+    """Whether packed layers are loaded, without DynamicVRAM: both where some are and some are not."""
+    return {getattr(layer, "comfy_patched_weights", False) for layer in packed_layers(patcher.model).values()}
+
+
+def share_loaded_in_part(patcher: ModelPatcher) -> float:
+    """Which of SHARES has some layers loaded and some not; so the model is then."""
     for share in SHARES:
         patcher.detach()
         patcher.patch_model(CPU, patcher.model_size() * share)
-        states = {getattr(layer, "comfy_patched_weights", False) for layer in packed_layers(patcher.model).values()}
-        if states == {True, False}:
-            assert patcher.partially_unload(CPU, patcher.loaded_size() * 0.3) > 0
-            return patcher
+        if are_loaded(patcher) == {True, False}:
+            return share
     pytest.fail("the host never loads this model in part")
+
+
+def loaded_in_part(patcher: ModelPatcher) -> ModelPatcher:
+    """Have some layers loaded and some not, then some more unloaded: as in a full VRAM without DynamicVRAM."""
+    share_loaded_in_part(patcher)
+    assert patcher.partially_unload(CPU, patcher.loaded_size() * 0.3) > 0
+    return patcher
 
 
 @pytest.fixture(params=["complete", "in part", "dynamic"])
@@ -342,14 +353,35 @@ def scheduled_lora(lora: dict, folder) -> comfy.hooks.HookGroup:
     return nodes_hooks.SetHookKeyframes().set_hook_keyframes(hooks, frames)[0]
 
 
+def sampled_in_part(patcher: ModelPatcher, monkeypatch) -> None:
+    """From now on the host finds so much memory for packed models that it loads this one in part, whenever it does."""
+    share = share_loaded_in_part(patcher)
+    patcher.detach()
+
+    def partially_load(self, device, extra_memory=0, **options):
+        room = self.model_size() * share - self.model.model_loaded_weight_memory
+        return load_as_before(self, device, room, **options)
+
+    load_as_before = PackedPatcher.partially_load
+    monkeypatch.setattr(PackedPatcher, "partially_load", partially_load)
+
+
+# A LoRA with a low-rank form and one of each way to have none; the others differ in the host's arithmetic alone.
+HOOKED = ["lora", "bias", "dora", "loha", "lokr", "oft", "diff"]
+HOOK_CASES = [(FLUX, adapter) for adapter in HOOKED] + [(SD15, adapter) for adapter in ("lora", "lokr")]
+
+
+@pytest.mark.parametrize("mode", ["complete", "in part", "dynamic"])
 @pytest.mark.parametrize(
-    ("model", "adapter", "dynamic"), [(FLUX, "bias", False), (FLUX, "bias", True), (SD15, "lokr", False)]
+    ("model", "adapter"), HOOK_CASES, ids=lambda value: value if isinstance(value, str) else value[0]
 )
-def test_lora_hooks_with_keyframes(samples, request, lora_folder, model, adapter, dynamic):
-    if dynamic:
+def test_lora_hooks_with_keyframes(samples, request, monkeypatch, lora_folder, model, adapter, mode):
+    if mode == "dynamic":
         request.getfixturevalue("dynamic_vram_on_cpu")
     lora = adapter_file(samples, model, adapter)
     base, reference = packed(samples, model), by_the_host(samples, model)
+    if mode == "in part":
+        sampled_in_part(base, monkeypatch)
     # A LoRA of the ordinary kind under the hooks.
     under = adapter_file(samples, model, "lora", seed=100)
     off = sample(base, model[0], steps=1)
@@ -360,6 +392,7 @@ def test_lora_hooks_with_keyframes(samples, request, lora_folder, model, adapter
     assert relative_error(*latents) < BOUND
     assert relative_error(unhooked, latents[1]) > 5 * BOUND
     assert torch.equal(sample(base, model[0], steps=1), off)
+    assert mode != "in part" or are_loaded(base) == {True, False}
 
 
 def test_model_as_lora_hook(samples):
