@@ -1,4 +1,4 @@
-"""A forward that runs out of GPU memory runs again without what saves it time, and without other models."""
+"""A forward that runs out of GPU memory runs again without other models and without what saves it time."""
 
 import logging
 import math
@@ -39,7 +39,7 @@ class Retrying:
         model, n_values = executor.class_obj, sum(tensor.numel() for tensor in tensors_of(args))
         if n_values >= self.n_values:
             give_up_ring(model)
-        stages = iter((give_up_kept, give_up_others, give_up_ring))
+        stages = iter((give_up_decoded, give_up_others, give_up_recordings, give_up_ring))
         while True:
             try:
                 return executor(*map(untouched, args), **{key: untouched(value) for key, value in kwargs.items()})
@@ -68,16 +68,25 @@ def untouched(value: object):
     return value if is_options(value) else tree_map(lambda leaf: leaf, value)
 
 
-def give_up_kept(diffusion_model: torch.nn.Module) -> bool:
-    """Recordings, for good, and decoded weights, until sampling ends."""
-    graphs, decoded = graphs_of(diffusion_model), cache_of(diffusion_model)
-    had_graphs = graphs is not None and graphs.give_up()
-    return (decoded is not None and decoded.give_up() > 0) or had_graphs
+def give_up_decoded(diffusion_model: torch.nn.Module) -> bool:
+    """Decoded weights, until sampling ends, and with them the recordings that read them."""
+    decoded, graphs = cache_of(diffusion_model), graphs_of(diffusion_model)
+    if decoded is None or not decoded.give_up():
+        return False
+    if graphs is not None:
+        graphs.reset()
+    return True
 
 
 def give_up_others(diffusion_model: torch.nn.Module) -> bool:
     """Models of this pack that are not at work: DynamicVRAM takes their weights, but not their LoRAs."""
     return residency.unload_idle(diffusion_model, "a forward ran out of memory")
+
+
+def give_up_recordings(diffusion_model: torch.nn.Module) -> bool:
+    """For good."""
+    graphs = graphs_of(diffusion_model)
+    return graphs is not None and graphs.give_up()
 
 
 def give_up_ring(diffusion_model: torch.nn.Module) -> bool:
@@ -90,6 +99,6 @@ def give_up_ring(diffusion_model: torch.nn.Module) -> bool:
 def log_retry() -> None:
     log.info(
         "GGUF Native: the GPU's memory was too little for a forward. It runs again without what it can do without "
-        "(decoded weights, CUDA graphs, other models and, if need be, weights sent ahead), which is slower. A smaller "
+        "(decoded weights, other models, CUDA graphs and, if need be, weights sent ahead), which is slower. A smaller "
         "picture or batch needs less."
     )

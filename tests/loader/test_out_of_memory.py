@@ -18,7 +18,13 @@ from gguf_native.loader import out_of_memory
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.graphs import replaying
 from gguf_native.loader.model_patcher import adopt
-from gguf_native.loader.out_of_memory import Retrying, give_up_kept, give_up_others, retry_forwards
+from gguf_native.loader.out_of_memory import (
+    Retrying,
+    give_up_decoded,
+    give_up_others,
+    give_up_recordings,
+    retry_forwards,
+)
 from gguf_native.loader.residency import ATTACHMENT, DIFFUSION
 
 FLUX = "tiny_flux_256"
@@ -134,7 +140,8 @@ def owner(monkeypatch) -> Owner:
 
     monkeypatch.setattr(out_of_memory, "give_up_others", give_up("has_others"))
     monkeypatch.setattr(out_of_memory, "give_up_ring", give_up("has_ring"))
-    monkeypatch.setattr(out_of_memory, "give_up_kept", lambda model: False)
+    monkeypatch.setattr(out_of_memory, "give_up_decoded", lambda model: False)
+    monkeypatch.setattr(out_of_memory, "give_up_recordings", lambda model: False)
     return Owner()
 
 
@@ -156,13 +163,14 @@ def test_only_what_has_to_goes_and_only_large_forwards_go_without_the_ring(owner
         owner(torch.zeros(21))
 
 
-def test_what_only_saves_time_goes_first_and_the_ring_last(owner, monkeypatch):
+def test_decoded_weights_go_first_and_the_ring_last(owner, monkeypatch):
     given_up = []
-    for what in ("give_up_ring", "give_up_others", "give_up_kept"):
+    in_order = ["give_up_decoded", "give_up_others", "give_up_recordings", "give_up_ring"]
+    for what in in_order:
         monkeypatch.setattr(out_of_memory, what, lambda model, what=what: given_up.append(what) or True)
     with pytest.raises(torch.OutOfMemoryError):
         owner(torch.zeros(21))
-    assert given_up == ["give_up_kept", "give_up_others", "give_up_ring"]
+    assert given_up == in_order
 
 
 def test_the_error_of_dynamic_vram_is_one_too(owner):
@@ -182,16 +190,24 @@ def test_another_error_is_not_tried_again(owner, monkeypatch):
     assert owner.tried == [1] and owner.has_ring
 
 
-def test_recordings_and_decoded_weights_go(path):
+def test_decoded_weights_go_with_the_recordings_that_read_them(path):
     model = load_diffusion_model(path).model.diffusion_model
-    done = []
-    assert not give_up_kept(model)
-    model.gguf_native_graphs = SimpleNamespace(give_up=lambda: done.append("graphs") or True)
-    assert give_up_kept(model)
-    model.gguf_native_graphs = SimpleNamespace(give_up=lambda: False)
-    model.double_blocks[0].img_attn.qkv.workspace.cache = SimpleNamespace(give_up=lambda: done.append("cache") or 5)
-    assert give_up_kept(model)
-    assert done == ["graphs", "cache"]
+    done, had = [], 0
+    assert not give_up_decoded(model)
+    model.gguf_native_graphs = SimpleNamespace(reset=lambda: done.append("graphs"))
+    cache = SimpleNamespace(give_up=lambda: done.append("cache") or had)
+    model.double_blocks[0].img_attn.qkv.workspace.cache = cache
+    assert not give_up_decoded(model) and done == ["cache"]
+    had = 5
+    assert give_up_decoded(model) and done == ["cache", "cache", "graphs"]
+
+
+def test_recordings_go(path):
+    model = load_diffusion_model(path).model.diffusion_model
+    assert not give_up_recordings(model)
+    for had_any in (False, True):
+        model.gguf_native_graphs = SimpleNamespace(give_up=lambda had_any=had_any: had_any)
+        assert give_up_recordings(model) == had_any
 
 
 def test_idle_models_go_and_the_one_at_work_stays(path, monkeypatch):
