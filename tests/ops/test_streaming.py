@@ -1,7 +1,9 @@
 """Weights out of pinned files: each is there, whole, when a layer uses it."""
 
 import logging
+import mmap
 import random
+import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -13,7 +15,8 @@ pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed: the
 pytest.importorskip("comfy_aimdo", reason="comfy-aimdo is not installed: there is no DynamicVRAM")
 
 from gguf_native.ops import streaming
-from gguf_native.ops.layout import pack
+from gguf_native.ops.layout import on_other_memory, pack
+from gguf_native.ops.pinned_file import PinnedFile
 from gguf_native.ops.ring import ALIGNMENT
 from gguf_native.ops.streaming import Sent, Streamer, pinned_file_of
 
@@ -432,6 +435,47 @@ def test_any_forwards_with_memory_that_comes_and_goes(machine, seed):
             run.readers.clear()
     run.streamer.reset()
     assert all(layer._v.n_pins == 0 for layer in run.layers)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_each_weight_is_there_whole_while_it_is_read(tmp_path, monkeypatch):
+    """Real streams, events and pages, a GPU that is late by times that differ, a ring of some ten places."""
+    choose, device = random.Random(0), torch.device("cuda", 0)
+    monkeypatch.setattr(streaming, "LOOK_AHEAD", 1 << 20)
+    monkeypatch.setattr(streaming, "vbar_fault", lambda slot: None)
+    monkeypatch.setattr(streaming, "vbar_signature_compare", lambda one, other: False)
+    layers = layers_of(*(choose.randrange(100, 2000) for _ in range(40)))
+    path = tmp_path / "weights"
+    path.write_bytes(b"".join(layer.weight._qdata.numpy().tobytes() for layer in layers))
+    opened = path.open("rb")
+    file = PinnedFile(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), opened)
+    expected, start = [], 0
+    for layer in layers:
+        blocks = layer.weight._qdata
+        expected.append(blocks.clone())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            of_file = torch.frombuffer(file.mapping, dtype=torch.uint8, offset=start, count=blocks.nbytes)
+        layer.weight = on_other_memory(layer.weight, of_file.view(blocks.shape))
+        start += blocks.nbytes
+    file.pin(device)
+    streamer = Streamer(device, [file], max(layer.nbytes for layer in layers), lambda: None)
+    for layer in layers:
+        layer.streamer = streamer
+    for _ in range(10):
+        read = []
+        for layer in layers:
+            sent = streamer.borrow(layer)
+            torch.cuda._sleep(choose.choice((0, 1000, 200_000)))
+            read.append((sent.weight._qdata.clone(), sent.bias))
+            streamer.give_back(sent)
+        for layer, (blocks, bias), wanted in zip(layers, read, expected, strict=True):
+            assert torch.equal(blocks.cpu(), wanted)
+            assert bias is None or torch.equal(bias.cpu(), layer.bias.bfloat16())
+    assert streamer.sent and streamer.buffer.nbytes == 1 << 20
+    streamer.reset()
+    torch.cuda.synchronize()
+    file.unpin()
 
 
 def test_the_file_of_a_layer_is_noted_at_its_storage():
