@@ -1,11 +1,13 @@
 """A full-size Flux.1-dev with random weights as GGUF.
 
-    python benchmarks/flux_files.py FOLDER RECIPE ...
+    python benchmarks/flux_files.py FOLDER RECIPE ... [--text 4096] [--pooled 768]
 
-RECIPE is a type, a row of MIXED, or a file type that the quantiser mixes. 6 to 13 GB each.
+--text and --pooled are the widths of what text encoders give it. RECIPE is a type, a row of MIXED, or a file type that
+the quantiser mixes. 6 to 13 GB each.
 """
 
-import sys
+import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -30,10 +32,10 @@ def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(text: int = TEXT, pooled: int = POOLED) -> dict[str, tuple[int, ...]]:
     """Flux.1-dev's tensors, in the order of its file."""
-    found = linear("img_in", HIDDEN, 64) | linear("txt_in", HIDDEN, TEXT)
-    for name, columns in (("time_in", 256), ("vector_in", POOLED), ("guidance_in", 256)):
+    found = linear("img_in", HIDDEN, 64) | linear("txt_in", HIDDEN, text)
+    for name, columns in (("time_in", 256), ("vector_in", pooled), ("guidance_in", 256)):
         found |= linear(f"{name}.in_layer", HIDDEN, columns) | linear(f"{name}.out_layer", HIDDEN, HIDDEN)
     for block in range(DOUBLE):
         for stream in ("img", "txt"):
@@ -71,25 +73,25 @@ def random_blocks(type_name: str, n_blocks: int, generator: torch.Generator) -> 
     return blocks
 
 
-def type_of(name: str, recipe: str) -> str:
+def type_of(name: str, recipe: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
     if recipe in FILE_TYPES and recipe not in MIXED:
-        rank = rank_of(name, SENSITIVITY["flux"].rules, depths_of(shapes()))
+        rank = rank_of(name, SENSITIVITY["flux"].rules, depths_of(shapes))
         return FILE_TYPES[recipe].types[rank]
     usual, others = MIXED.get(recipe, (recipe, {}))
     return next((other for part, other in others.items() if part in name), usual)
 
 
-def write_gguf(path: Path, recipe: str) -> None:
+def write_gguf(path: Path, recipe: str, shapes: dict[str, tuple[int, ...]]) -> None:
     generator = torch.Generator(DEVICE).manual_seed(0)
     writer = gguf.GGUFWriter(path, "flux")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, shape in shapes().items():
+    for name, shape in shapes.items():
         if len(shape) == 1 or name.startswith(KEPT):
             spread = 0.01 if len(shape) == 1 else SPREAD
             values = torch.randn(shape, device=DEVICE, generator=generator) * spread
             writer.add_tensor(name, (torch.ones_like(values) if name.endswith("scale") else values).cpu().numpy())
         else:
-            type_name = type_of(name, recipe)
+            type_name = type_of(name, recipe, shapes)
             n_blocks = shape[0] * shape[1] // FORMATS[type_name].block_size
             blocks = random_blocks(type_name, n_blocks, generator).view(shape[0], -1).cpu().numpy()
             writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[type_name])
@@ -99,12 +101,18 @@ def write_gguf(path: Path, recipe: str) -> None:
     writer.close()
 
 
-def main(folder: str, *recipes: str) -> None:
-    for recipe in recipes:
-        path = Path(folder) / f"flux-{recipe}.gguf"
-        write_gguf(path, recipe)
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--text", type=int, default=TEXT)
+    parser.add_argument("--pooled", type=int, default=POOLED)
+    options = parser.parse_args()
+    for recipe in options.recipes:
+        path = options.folder / f"flux-{recipe}.gguf"
+        write_gguf(path, recipe, shapes(options.text, options.pooled))
         print(f"{path.name}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

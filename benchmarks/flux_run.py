@@ -15,20 +15,11 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from functools import cache
 
-HOLD_MEMORY = """
-import sys, torch
-free = torch.cuda.mem_get_info()[0]
-pieces = int(free - float(sys.argv[1]) * 2**30 - 0.55 * 2**30) >> 28
-held = [torch.empty(1 << 28, dtype=torch.uint8, device="cuda") for _ in range(pieces)]
-torch.cuda.synchronize()
-print("held", flush=True)
-sys.stdin.read()
-"""
+from ballast import hold_all_but
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -50,11 +41,7 @@ options, host_arguments = parse()
 for name in ("comfyui", "file", "latents"):
     if getattr(options, name):
         setattr(options, name, os.path.abspath(getattr(options, name)))
-ballast = None
-if options.cap:
-    pipe = subprocess.PIPE
-    ballast = subprocess.Popen([sys.executable, "-c", HOLD_MEMORY, str(options.cap)], stdin=pipe, stdout=pipe)
-    ballast.stdout.readline()
+ballast = hold_all_but(options.cap) if options.cap else None
 
 # As ComfyUI's main.py starts, without its server.
 sys.argv = ["main.py", *host_arguments]
