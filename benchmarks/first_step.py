@@ -23,12 +23,12 @@ def main() -> None:
     torch.set_grad_enabled(False)
     profile = cProfile.Profile()
     with torch.inference_mode():
-        flux_run.options.steps, (resolution, *_) = 2, flux_run.options.resolution
+        flux_run.options.steps = 2
         start = time.perf_counter()
         with profile:
             model = flux_run.load(flux_run.options.compute[-1])
             loaded = time.perf_counter()
-            _, first, step = flux_run.sample(model, resolution)
+            _, first, step = flux_run.sample(model, flux_run.options.resolution[0])
     print(f"load {loaded - start:.3f} s, first step {first:.3f}, second {step:.3f}, all with the profiler")
     for order in ("tottime", "cumtime"):
         pstats.Stats(profile, stream=sys.stdout).strip_dirs().sort_stats(order).print_stats(N_SHOWN)

@@ -104,7 +104,7 @@ ROWS: dict[str, Row] = {
         for state in ("off", "on")
     },
     "no LoRA": Row("LoRA", 30, "no LoRA"),
-    # For the error of the same with packed weights.
+    # Named before them it gives the other rows with LoRAs their error.
     "native 1 LoRA rank 16": Row("LoRA", 90, "no LoRA", computes=NATIVE, arguments=lora(1, 16)),
     "no LoRA 6 GB": Row("LoRA", 35, "no LoRA 6 GB", arguments=cap(6)),
     **{
@@ -144,10 +144,9 @@ def chosen(names: list[str]) -> list[str]:
     return list(dict.fromkeys(each for name in named for each in (ROWS[name].against, name)))
 
 
-def reference(results: dict[str, dict], row: Row, resolution: int) -> float | None:
-    """Seconds per step that those of `row` are divided by, if they were measured."""
-    against = f"{row.against} {ROWS[row.against].computes[0]} {resolution}"
-    return results[against]["step"] if against in results else None
+def reference(results: dict[str, dict], row: Row, resolution: int) -> float:
+    """Seconds per step that those of `row` are divided by."""
+    return results[f"{row.against} {ROWS[row.against].computes[0]} {resolution}"]["step"]
 
 
 def run(comfyui: str, folder: Path, row: Row, trial: Trial) -> list[dict[str, object]]:
@@ -192,7 +191,7 @@ def number(value: float | None, form: str) -> str:
 
 def line(name: str, row: dict[str, object]) -> str:
     return (
-        f"{name:22} {row['compute']:7} {row['resolution']:5} {row['step']:7.4f} {number(row['ratio'], '6.3f')} "
+        f"{name:22} {row['compute']:7} {row['resolution']:5} {row['step']:7.4f} {row['ratio']:6.3f} "
         f"{row['load']:6.2f} {row['cold_first_step']:6.2f} {number(row['after_change_of_strength'], '6.3f')} "
         f"{number(row['after_swap_of_loras'], '6.3f')} "
         f"{number(row['vram_loading_gb'], '7.2f')} {number(row['vram_sampling_gb'], '8.2f')} "
@@ -210,7 +209,7 @@ def print_rows(names: list[str]) -> None:
 
 
 def read_results() -> dict[str, dict]:
-    """The rows measured on a GPU like this one: others are no reference for it."""
+    """The rows measured on a GPU like this one: those of others are not kept beside them."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     is_of_this = torch.cuda.is_available() and found.get("device") == torch.cuda.get_device_name()
     return found["rows"] if is_of_this else {}
@@ -247,9 +246,8 @@ def main() -> None:
         row = ROWS[name]
         for result in run(options.comfyui, options.folder, row, trial):
             results[f"{name} {result['compute']} {result['resolution']}"] = result
-            step = reference(results, row, result["resolution"])
             result |= {"row": name, "table": row.table, "against": row.against, "date": str(datetime.date.today())}
-            result["ratio"] = None if step is None else round(result["step"] / step, 3)
+            result["ratio"] = round(result["step"] / reference(results, row, result["resolution"]), 3)
             print(line(name, result), flush=True)
         if is_kept:
             write(results)

@@ -97,12 +97,12 @@ def flux_vae() -> comfy.sd.VAE:
 def changed(model, other, resolution: int) -> float:
     """Seconds that the first step takes longer after a change between two models: medians, for they vary by as much."""
     flux_run.sample(model, resolution)
-    changed, usual = [], []
+    after_change, usual = [], []
     for one in (other, model, other):
-        for firsts in (changed, usual):
+        for firsts in (after_change, usual):
             _, first, _ = flux_run.sample(one, resolution)
             firsts.append(first)
-    return round(statistics.median(changed) - statistics.median(usual), 3)
+    return round(statistics.median(after_change) - statistics.median(usual), 3)
 
 
 def main() -> None:

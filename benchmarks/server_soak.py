@@ -7,7 +7,7 @@ and every latent must be the one that the same run gives with all the memory.
 FOLDER is a folder of models: diffusion_models/flux-*.gguf by `flux_files.py --text 256 --pooled 256`; of the tests'
 samples, which `make test` leaves in .host/models, TEXT_ENCODERS and VAE in theirs; LoRAs are made. Run it without --cap
 first: that leaves what the latents are in FOLDER. Prints what fails or differs and the memory that /system_stats shows,
-and adds a row to results/server_soak.json. --cpu, with small models and sizes, is a trial of which nothing is kept.
+and adds a row to results/server_soak.json, which --cpu, a trial with small models and sizes, does not.
 """
 
 import argparse
@@ -58,6 +58,8 @@ class Run(NamedTuple):
 
 
 def drawn(files: list[str], sizes: list[int], count: int) -> list[Run]:
+    if min(sizes) ** 2 > MOST_PIXELS:
+        raise SystemExit(f"a picture of {min(sizes)}x{min(sizes)} has more than {MOST_PIXELS:,} pixels")
     choose, found = random.Random(1), []
     while len(found) < count:
         size, batch = choose.choice(sizes), choose.choice(BATCHES)
@@ -162,7 +164,7 @@ def main() -> None:
         if not file.is_file():
             make_lora(folder / "diffusion_models" / files[0], file, number)
     digests = folder / "server_soak.json"
-    known = json.loads(digests.read_text()) if digests.is_file() else {}
+    known = json.loads(digests.read_text()) if digests.is_file() and options.cap is not None else {}
     runs = drawn(files, options.size, options.runs)
     ballast = hold_all_but(options.cap) if options.cap else None
     try:
@@ -179,7 +181,8 @@ def main() -> None:
         if ballast:
             ballast.kill()
     print("SERVER", json.dumps({"cap": options.cap} | row), flush=True)
-    digests.write_text(json.dumps(known, indent=1))
+    if options.cap is None:
+        digests.write_text(json.dumps(known, indent=1))
     if not options.cpu:
         device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         mode = os.environ.get("GGUF_NATIVE_MEMORY_MODE", "balanced")

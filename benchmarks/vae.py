@@ -3,7 +3,7 @@
     python benchmarks/vae.py COMFYUI [--size 1024 2048] [arguments for ComfyUI]
 
 The decoder is ComfyUI's own at its real size, in bfloat16, with random weights, which enlarge rounding: the difference
-is a part of the largest value. Prints a table, and on an NVIDIA GPU writes results/vae.json.
+is a part of the largest value. Prints a table, and on a GPU without --size writes results/vae.json.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from gguf_native.loader.vae import borrowed  # noqa: E402
 from gguf_native.loader.vae_strips import Host, StripDecoder  # noqa: E402
 
 CHANNELS, PIXELS_PER_VALUE = 16, 8
-# Bytes that the strips believe to be free: all there are, and so few that activations wait in RAM.
+# Bytes that are free for the strips before they begin: all there are, and so few that activations wait in RAM.
 FREE = {"strips": 1 << 40, "strips, 512 MB free": 512 << 20}
 
 
@@ -57,10 +57,11 @@ def decoder(device: torch.device) -> torch.nn.Module:
 
 
 def in_strips(made: torch.nn.Module, latent: torch.Tensor, free_bytes: int) -> torch.Tensor:
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     host = Host(
         borrow=borrowed,
         attention=comfy.ops.scaled_dot_product_attention,
-        free_bytes=lambda: free_bytes,
+        free_bytes=lambda: free_bytes - (torch.cuda.memory_allocated() - before if before else 0),
         pin=mm.pin_memory,
         unpin=mm.unpin_memory,
         between=lambda: None,
@@ -109,7 +110,7 @@ def main() -> None:
                     }
                 )
                 print(f"{size:5} {way:20} {seconds:7.3f} s {megabytes or '-':>6} MB, difference {difference:.4f}")
-    if device.type == "cuda":
+    if device.type == "cuda" and options.size == parser.get_default("size"):
         found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 

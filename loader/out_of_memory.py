@@ -71,7 +71,8 @@ def untouched(value: object):
 def give_up_decoded(diffusion_model: torch.nn.Module) -> bool:
     """Decoded weights, until sampling ends, and with them the recordings that read them."""
     decoded, graphs = cache_of(diffusion_model), graphs_of(diffusion_model)
-    if decoded is None or not decoded.give_up():
+    # What begins again counts as the next forward, at which they are chosen.
+    if decoded is None or not decoded.keep_no_more():
         return False
     if graphs is not None:
         graphs.reset()

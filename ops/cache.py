@@ -113,6 +113,11 @@ class DecodedCache:
             self.kept, self.is_settled = {}, True
         return nbytes
 
+    def keep_no_more(self) -> int:
+        """As `give_up`, and nothing is chosen in this sampling either."""
+        self.is_settled = True
+        return self.give_up()
+
     @contextmanager
     def as_it_is(self) -> Iterator[None]:
         """Within it nothing is chosen or filled: what a CUDA graph records has not been done, and may never be."""

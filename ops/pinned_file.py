@@ -6,6 +6,7 @@ import sys
 import warnings
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import BinaryIO
 
 import comfy.model_management
@@ -53,8 +54,10 @@ class PinnedFile:
 
     def give_pages_back(self) -> None:
         """Have them no longer count as this process's memory; the system keeps them as long as it has room."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+        # Pages that something else has locked stay.
+        with suppress(OSError):
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self.mapping.madvise(mmap.MADV_DONTNEED)
 
     def _register(self, device: torch.device) -> bool:
         # Locking pages reads what is not in memory, in small pieces; this asks the disk for large ones.

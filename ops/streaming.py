@@ -217,6 +217,8 @@ class Streamer:
 
     def _make_buffer(self) -> bool:
         """The ring's memory; without room for it the host's smaller buffers serve until sampling ends."""
+        # First, for it gives memory back.
+        self.begins()
         try:
             # Not an inference tensor: the model may also run outside inference mode. Of the stream that computes, which
             # may have it once more after a reset.
@@ -227,7 +229,6 @@ class Streamer:
             self._drop_sent()
             log_no_ring(self.ring_bytes)
             return False
-        self.begins()
         self.stream.wait_stream(self.compute)
         return True
 

@@ -195,7 +195,7 @@ def test_decoded_weights_go_with_the_recordings_that_read_them(path):
     done, had = [], 0
     assert not give_up_decoded(model)
     model.gguf_native_graphs = SimpleNamespace(reset=lambda: done.append("graphs"))
-    cache = SimpleNamespace(give_up=lambda: done.append("cache") or had)
+    cache = SimpleNamespace(keep_no_more=lambda: done.append("cache") or had)
     model.double_blocks[0].img_attn.qkv.workspace.cache = cache
     assert not give_up_decoded(model) and done == ["cache"]
     had = 5

@@ -157,6 +157,19 @@ def test_what_is_kept_goes_when_weights_begin_to_stream(caplog):
     assert model.forward() and not model.kept()
 
 
+def test_a_forward_that_runs_again_has_nothing_chosen_for_it():
+    model = Model(MEGABYTE)
+    model.forward()
+    assert model.cache.keep_no_more() == 0
+    for _ in range(3):
+        assert model.forward() and not model.kept()
+    model.cache.reset()
+    for _ in range(3):
+        model.forward()
+    nbytes = model.cache.nbytes
+    assert nbytes > 0 and model.cache.keep_no_more() == nbytes
+
+
 def test_after_loading_the_blocks_of_the_first_forward_are_others():
     model = Model(limit=MEGABYTE)
     model.forward()

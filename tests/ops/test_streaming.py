@@ -495,6 +495,8 @@ def test_without_room_for_the_ring_it_is_left_to_the_host_and_said_once(machine,
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "gguf_native"):
         patch.setattr(torch, "empty", full)
         assert run.forward() == run.forward() == run.layers
+    # Who has memory for weights that do not stream was told.
+    assert run.n_begun > 0
     assert [message.split(" for the")[0] for message in caplog.messages] == ["GGUF Native: there is no room"]
     # Another sampling tries again.
     run.streamer.reset()
