@@ -20,6 +20,7 @@ import time
 from functools import cache
 
 from ballast import hold_all_but
+from random_lora import is_changed, random_lora
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -73,6 +74,7 @@ if (
     comfy.memory_management.aimdo_enabled = True
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.model import Decoder  # noqa: E402
 from gguf_native.loader import open_gguf  # noqa: E402
 from gguf_native.loader.diffusion_model import load_diffusion_model  # noqa: E402
 from gguf_native.ops import dequantize  # noqa: E402
@@ -87,29 +89,35 @@ has_kernel(FORMATS["Q8_0"], mm.get_torch_device())
 
 
 @cache
-def lora(number: int, rank: int, layers: tuple[tuple[str, int, int], ...]) -> dict[str, torch.Tensor]:
-    """A random LoRA for layers of (name, columns, rows)."""
-    generator, tensors = torch.Generator().manual_seed(number), {}
-    for name, n_columns, n_rows in layers:
-        for part, shape in (("down", (rank, n_columns)), ("up", (n_rows, rank))):
-            tensors[f"diffusion_model.{name}.lora_{part}.weight"] = (
-                torch.randn(shape, generator=generator).bfloat16() * 0.01
-            )
-    return tensors
+def lora(number: int, rank: int, shapes: tuple[tuple[str, tuple[int, int]], ...]) -> dict[str, torch.Tensor]:
+    return random_lora(number, rank, dict(shapes))
 
 
 def loras(model, count: int, rank: int, strength: float = 1.0, first: int = 0):
-    """`count` random LoRAs on all attention and MLP matrices of the blocks; others for another number of the first."""
-    wanted = ("attn.qkv", "attn.proj", "mlp", "linear1", "linear2")
-    layers = tuple(
-        (name, module.in_features, module.out_features)
+    """`count` random LoRAs; others for another number of the first."""
+    shapes = tuple(
+        (name, (module.out_features, module.in_features))
         for name, module in model.model.diffusion_model.named_modules()
-        if "_blocks" in name and any(part in name for part in wanted) and hasattr(module, "in_features")
+        if is_changed(name) and hasattr(module, "in_features")
     )
     for number in range(first, first + count):
         # The host takes away what it has read.
-        model, _ = comfy.sd.load_lora_for_models(model, None, dict(lora(number, rank, layers)), strength, 0.0)
+        model, _ = comfy.sd.load_lora_for_models(model, None, dict(lora(number, rank, shapes)), strength, 0.0)
     return model
+
+
+def flux_decoder() -> Decoder:
+    """ComfyUI's own decoder of Flux's VAE, at its real size."""
+    return Decoder(
+        z_channels=16,
+        resolution=256,
+        in_channels=3,
+        out_ch=3,
+        ch=128,
+        ch_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        attn_resolutions=[],
+    )
 
 
 def compiled(model):

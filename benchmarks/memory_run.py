@@ -29,7 +29,6 @@ import flux_run  # noqa: E402
 options = flux_run.options
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.model import Decoder  # noqa: E402
 
 GB = 2**30
 ROUNDS = 3
@@ -78,19 +77,9 @@ def rss_peak() -> float:
 
 
 def flux_vae() -> comfy.sd.VAE:
-    """The decoder of Flux's VAE at its real size, with random weights: ComfyUI's own, not packed."""
+    """ComfyUI's own, not packed, with random weights."""
     with torch.device("meta"):
-        decoder = Decoder(
-            z_channels=16,
-            resolution=256,
-            in_channels=3,
-            out_ch=3,
-            ch=128,
-            ch_mult=[1, 2, 4, 4],
-            num_res_blocks=2,
-            attn_resolutions=[],
-        )
-    shapes = {f"decoder.{name}": tensor.shape for name, tensor in decoder.state_dict().items()}
+        shapes = {f"decoder.{name}": tensor.shape for name, tensor in flux_run.flux_decoder().state_dict().items()}
     return comfy.sd.VAE(sd={name: torch.randn(shape).half() * 0.02 for name, shape in shapes.items()})
 
 

@@ -24,11 +24,12 @@ from typing import NamedTuple
 import torch
 from ballast import hold_all_but
 from gguf_native.loader import open_gguf
+from random_lora import is_changed, random_lora
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests"))
-from host.client import WorkflowError  # noqa: E402
+from host.client import Result, WorkflowError  # noqa: E402
 from host.server import Server, running_server  # noqa: E402
 from host.workflows import node, text_to_image  # noqa: E402
 
@@ -40,7 +41,6 @@ BATCHES = 1, 2, 3, 4
 MOST_PIXELS = 4 * 1024**2
 STEPS = 2, 9
 RANK = 16
-WITH_LORA = "attn.qkv", "attn.proj", "mlp", "linear1", "linear2"
 # Only what the last run made is kept: whatever returns later is computed again.
 ARGUMENTS = ["--cache-classic"]
 BAD_WORDS = "memory leak", "Traceback", "Ran out of memory"
@@ -71,17 +71,11 @@ def drawn(files: list[str], sizes: list[int], count: int) -> list[Run]:
 
 
 def make_lora(model: Path, file: Path, seed: int) -> None:
-    """A random LoRA on all attention and MLP matrices of a Flux's blocks."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
     with open_gguf(model) as opened:
         shapes = {name.removesuffix(".weight"): info.shape for name, info in opened.tensors.items()}
-    for name, shape in shapes.items():
-        if "_blocks" in name and len(shape) == 2 and any(part in name for part in WITH_LORA):
-            for part, of in (("down", (RANK, shape[1])), ("up", (shape[0], RANK))):
-                values = torch.randn(of, generator=generator) * 0.01
-                tensors[f"diffusion_model.{name}.lora_{part}.weight"] = values.bfloat16()
+    changed = {layer: shape for layer, shape in shapes.items() if is_changed(layer) and len(shape) == 2}
     file.parent.mkdir(exist_ok=True)
-    save_file(tensors, file)
+    save_file(random_lora(seed, RANK, changed), file)
 
 
 def graph(run: Run, seed: int) -> dict:
@@ -105,7 +99,7 @@ def graph(run: Run, seed: int) -> dict:
     return made
 
 
-def latent_digest(server: Server, result) -> str:
+def latent_digest(server: Server, result: Result) -> str:
     """Of the file that SaveLatent left."""
     (entry,) = result.outputs["keep"]["latents"]
     file = server.base / entry["type"] / entry["subfolder"] / entry["filename"]
@@ -125,14 +119,15 @@ def soak(server: Server, runs: list[Run], seconds: float, known: dict[str, str])
         if time.monotonic() - began > seconds:
             break
         done += 1
+        # Of two equal runs in a row the server would return the first again.
+        seed = done % 2
         try:
-            # A number of its own, or the server would return what it has; the noise is that of the seed.
-            digest = latent_digest(server, server.run(graph(run, seed=done % 2)))
+            digest = latent_digest(server, server.run(graph(run, seed)))
         except WorkflowError as error:
             failed.append(f"{run}: {str(error)[:200]}")
             continue
         free.append(free_gb(server))
-        key = f"{run} {done % 2}"
+        key = f"{run} {seed}"
         compared += key in known
         different += [str(run)] if known.setdefault(key, digest) != digest else []
     log = server.log()[of_start:]

@@ -21,16 +21,14 @@ options, rest = parser.parse_known_args()
 sys.argv[1:] = [options.comfyui, "no model", *rest]
 
 # Starts ComfyUI as its arguments say.
-import flux_run  # noqa: E402
-
-RESULTS = Path(__file__).resolve().parent / "results" / "vae.json"
+import flux_run  # noqa: E402, I001
 import comfy.model_management as mm  # noqa: E402
 import comfy.ops  # noqa: E402
 import torch  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.model import Decoder  # noqa: E402
 from gguf_native.loader.vae import borrowed  # noqa: E402
 from gguf_native.loader.vae_strips import Host, StripDecoder  # noqa: E402
 
+RESULTS = Path(__file__).resolve().parent / "results" / "vae.json"
 CHANNELS, PIXELS_PER_VALUE = 16, 8
 # Bytes that are free for the strips before they begin: all there are, and so few that activations wait in RAM.
 FREE = {"strips": 1 << 40, "strips, 512 MB free": 512 << 20}
@@ -38,16 +36,7 @@ FREE = {"strips": 1 << 40, "strips, 512 MB free": 512 << 20}
 
 def decoder(device: torch.device) -> torch.nn.Module:
     torch.manual_seed(0)
-    made = Decoder(
-        z_channels=CHANNELS,
-        resolution=256,
-        in_channels=3,
-        out_ch=3,
-        ch=128,
-        ch_mult=[1, 2, 4, 4],
-        num_res_blocks=2,
-        attn_resolutions=[],
-    )
+    made = flux_run.flux_decoder()
     for name, parameter in made.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -57,11 +46,11 @@ def decoder(device: torch.device) -> torch.nn.Module:
 
 
 def in_strips(made: torch.nn.Module, latent: torch.Tensor, free_bytes: int) -> torch.Tensor:
-    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    before = torch.cuda.memory_allocated()
     host = Host(
         borrow=borrowed,
         attention=comfy.ops.scaled_dot_product_attention,
-        free_bytes=lambda: free_bytes - (torch.cuda.memory_allocated() - before if before else 0),
+        free_bytes=lambda: free_bytes - (torch.cuda.memory_allocated() - before),
         pin=mm.pin_memory,
         unpin=mm.unpin_memory,
         between=lambda: None,
@@ -70,20 +59,18 @@ def in_strips(made: torch.nn.Module, latent: torch.Tensor, free_bytes: int) -> t
     return StripDecoder(made, host, latent).decode()
 
 
-def measured(decode: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float, int | None]:
-    """The picture, seconds, and bytes at the peak beside what was there before, of the second run."""
+def measured(decode: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float, int]:
+    """The picture, seconds, and bytes of the GPU at the peak beside what was there before, of the second run."""
     decode()
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if has_gpu else None
+    before = torch.cuda.memory_allocated()
     flux_run.synchronize()
     start = time.perf_counter()
     picture = decode()
     flux_run.synchronize()
-    seconds = time.perf_counter() - start
-    return picture, seconds, torch.cuda.max_memory_allocated() - before if has_gpu else None
+    return picture, time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
 
 
 def main() -> None:
@@ -99,17 +86,9 @@ def main() -> None:
                 ways[way] = measured(lambda latent=latent, free=free_bytes: in_strips(made, latent, free))
             for way, (picture, seconds, peak) in ways.items():
                 difference = float((picture.float() - plain.float()).abs().max() / plain.float().abs().max())
-                megabytes = None if peak is None else peak >> 20
-                rows.append(
-                    {
-                        "size": size,
-                        "way": way,
-                        "seconds": round(seconds, 3),
-                        "peak_mb": megabytes,
-                        "difference": round(difference, 4),
-                    }
-                )
-                print(f"{size:5} {way:20} {seconds:7.3f} s {megabytes or '-':>6} MB, difference {difference:.4f}")
+                row = {"size": size, "way": way, "seconds": round(seconds, 3), "peak_mb": peak >> 20}
+                rows.append(row | {"difference": round(difference, 4)})
+                print(f"{size:5} {way:20} {seconds:7.3f} s {peak >> 20:6} MB, difference {difference:.4f}")
     if device.type == "cuda" and options.size == parser.get_default("size"):
         found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")

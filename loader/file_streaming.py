@@ -1,6 +1,7 @@
 """Under DynamicVRAM: weights straight from the pinned file, within the RAM that the host allows itself to pin."""
 
 import logging
+from collections.abc import Iterable
 from functools import cache
 
 import comfy.cli_args
@@ -35,7 +36,7 @@ def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
     if streamer is not None and streamer.device == device:
         streamer.reset()
     elif paged and device.type == "cuda":
-        files = list({id(file): file for file in map(pinned_file_of, paged)}.values())
+        files = files_of(paged)
         # A table of words, of which one is larger than many a model, is wanted once: what does not fit is the host's.
         sizes = [layer.weight._qdata.nbytes for layer in paged if not isinstance(layer, GGUFOps.Embedding)]
         streamer = Streamer(device, files, max(sizes, default=0), next(iter(paged)).workspace.weights_stream)
@@ -71,15 +72,14 @@ def pin_files(files: list[PinnedFile], device: torch.device) -> bool:
     return True
 
 
-def files_of(model: torch.nn.Module) -> list[PinnedFile]:
-    """Those that packed weights of a model view."""
-    files = map(pinned_file_of, packed_layers(model).values())
-    return list({id(file): file for file in files if file is not None}.values())
+def files_of(layers: Iterable[PackedWeight]) -> list[PinnedFile]:
+    """Those that packed weights view, each once."""
+    return list({id(file): file for file in map(pinned_file_of, layers) if file is not None}.values())
 
 
 def unpin_files(model: torch.nn.Module) -> int:
     """Bytes that the host counts as pinned no more."""
-    files = [file for file in files_of(model) if file.is_asked_for]
+    files = [file for file in files_of(packed_layers(model).values()) if file.is_asked_for]
     if files:
         stop_streaming(model)
         if getattr(model, "current_patcher", None) is not None:

@@ -11,13 +11,11 @@ def spread(loading: list[tuple]) -> list[tuple]:
     stream lie together, and the bus is idle while others are used. Here packed weights above the mean size come last.
     """
     packed = [i for i, (is_large, *_, module, _) in enumerate(loading) if is_large and has_packed_weight(module)]
-    n_bytes = {i: loading[i][2] for i in packed}
-    mean = sum(n_bytes.values()) / max(1, len(packed))
-    ranks = {}
-    for lowest, some in enumerate(
-        ([i for i in packed if n_bytes[i] <= mean], [i for i in packed if n_bytes[i] > mean])
-    ):
-        ranks |= {i: lowest + place for i, place in zip(some, van_der_corput(len(some)), strict=True)}
+    mean = sum(loading[i][2] for i in packed) / max(1, len(packed))
+    large = [i for i in packed if loading[i][2] > mean]
+    small = [i for i in packed if loading[i][2] <= mean]
+    ranks = dict(zip(small, van_der_corput(len(small)), strict=True))
+    ranks |= {i: 1 + place for i, place in zip(large, van_der_corput(len(large)), strict=True)}
     return [(*entry[:1], ranks.get(i, entry[1]), *entry[2:]) for i, entry in enumerate(loading)]
 
 

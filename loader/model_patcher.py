@@ -75,7 +75,7 @@ class PackedPatching:
                 layer.workspace.release()
             move_choices(self.model, self.offload_device)
             # The loader's result, which ComfyUI keeps, may be used again: then they come from the system's cache.
-            for file in files_of(self.model):
+            for file in files_of(packed_layers(self.model).values()):
                 file.give_pages_back()
         return model
 

@@ -159,11 +159,10 @@ class DecodedCache:
     def weights_stream(self) -> None:
         """Keep nothing in this sampling, nor what is kept already."""
         if self.kept or not self.is_settled:
-            self.give_up()
             self._keep_nothing()
 
     def _keep_nothing(self) -> None:
-        self.is_settled, self.requests = True, {}
+        self.kept, self.requests, self.is_settled = {}, {}, True
         self._say("no decoded weight is kept: weights stream, and memory serves them better")
 
     def _choose(self, device: torch.device) -> None:

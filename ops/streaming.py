@@ -134,7 +134,7 @@ class Streamer:
             self._drop_sent()
         with torch.cuda.stream(self.stream):
             sent = self._send(layer)
-            if sent is None:
+            if sent is None and self.works:
                 # What was sent ahead fills the ring.
                 self._drop_sent()
                 sent = self._send(layer)

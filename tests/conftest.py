@@ -133,3 +133,14 @@ def smollm2() -> Path:
         digest = sha256(file.read()).hexdigest()
     assert digest.startswith("b179c952")
     return path
+
+
+@pytest.fixture
+def lora_folder(host: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the host finds LoRAs, and nowhere else."""
+    import folder_paths
+
+    _, extensions = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
