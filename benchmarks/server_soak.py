@@ -5,9 +5,10 @@ and every latent must be the one that the same run gives with all the memory.
                                       [arguments for ComfyUI]
 
 FOLDER is a folder of models: diffusion_models/flux-*.gguf by `flux_files.py --text 256 --pooled 256`; of the tests'
-samples, which `make test` leaves in .host/models, TEXT_ENCODERS and VAE in theirs; LoRAs are made. Run it without --cap
-first: that leaves what the latents are in FOLDER. Prints what fails or differs and the memory that /system_stats shows,
-and adds a row to results/server_soak.json, which --cpu, a trial with small models and sizes, does not.
+samples, which `make test` leaves in .host/models, TEXT_ENCODERS and VAE in theirs; LoRAs are made. Each row leaves the
+digests of its latents in FOLDER; run it without --cap first, with which the others are compared. Prints what fails or
+differs and the memory that /system_stats shows, and adds a row to results/server_soak.json, which --cpu, a trial with
+small models and sizes, does not.
 """
 
 import argparse
@@ -112,8 +113,9 @@ def free_gb(server: Server) -> float:
     return round(server.request("/system_stats")["devices"][0]["vram_free"] / 2**30, 2)
 
 
-def soak(server: Server, runs: list[Run], seconds: float, known: dict[str, str]) -> dict[str, object]:
-    began, done, compared, failed, different, free = time.monotonic(), 0, 0, [], [], []
+def soak(server: Server, runs: list[Run], seconds: float, known: dict[str, str], file: Path) -> dict[str, object]:
+    """Compare with what is `known`; all digests go to `file`."""
+    began, done, compared, failed, different, free, digests = time.monotonic(), 0, 0, [], [], [], {}
     of_start = len(server.log())
     for run in runs:
         if time.monotonic() - began > seconds:
@@ -128,8 +130,11 @@ def soak(server: Server, runs: list[Run], seconds: float, known: dict[str, str])
             continue
         free.append(free_gb(server))
         key = f"{run} {seed}"
-        compared += key in known
-        different += [str(run)] if known.setdefault(key, digest) != digest else []
+        usual = known.get(key) or digests.get(key)
+        compared += usual is not None
+        different += [str(run)] if usual not in (None, digest) else []
+        digests[key] = digest
+        file.write_text(json.dumps(digests, indent=1))
     log = server.log()[of_start:]
     return {
         "runs": done,
@@ -158,31 +163,31 @@ def main() -> None:
         file = folder / "loras" / f"soak-{number}.safetensors"
         if not file.is_file():
             make_lora(folder / "diffusion_models" / files[0], file, number)
-    digests = folder / "server_soak.json"
-    known = json.loads(digests.read_text()) if digests.is_file() and options.cap is not None else {}
+    name = f"{options.cap or 'all'}, {os.environ.get('GGUF_NATIVE_MEMORY_MODE', 'balanced')}"
+    usual = folder / "server_soak-all, balanced.json"
+    known = json.loads(usual.read_text()) if usual.is_file() and options.cap else {}
     runs = drawn(files, options.size, options.runs)
     ballast = hold_all_but(options.cap) if options.cap else None
     try:
         with tempfile.TemporaryDirectory() as base:
-            # The second is ComfyUI's own default.
-            device = "--cpu" if options.cpu else "--normalvram"
+            # The second is what small cards are told to use, and nothing under DynamicVRAM.
+            device = "--cpu" if options.cpu else "--lowvram"
             with running_server(
                 options.comfyui.resolve(), Path(base), folder, [*ARGUMENTS, *rest], device=device
             ) as server:
-                row = {"free_gb_at_start": free_gb(server)} | soak(server, runs, options.seconds, known)
+                row = {"free_gb_at_start": free_gb(server)} | soak(
+                    server, runs, options.seconds, known, folder / f"server_soak-{name}.json"
+                )
                 if row["failed"] or row["in_the_log"]:
                     print(server.log()[-8000:])
     finally:
         if ballast:
             ballast.kill()
     print("SERVER", json.dumps({"cap": options.cap} | row), flush=True)
-    if options.cap is None:
-        digests.write_text(json.dumps(known, indent=1))
     if not options.cpu:
         device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        mode = os.environ.get("GGUF_NATIVE_MEMORY_MODE", "balanced")
         rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(rows | {f"{options.cap or 'all'}, {mode}": device | row}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(rows | {name: device | row}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

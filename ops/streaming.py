@@ -63,6 +63,9 @@ class Streamer:
         self.device, self.files, self.begins = device, files, begins
         self.ring_bytes = max(LOOK_AHEAD, 2 * largest)
         self.stream = torch.cuda.Stream(device)
+        # A copy from memory that is not pinned holds up the processor until all before it on its stream is done, so
+        # biases, which are converted first, have a stream with nothing before them.
+        self.biases = torch.cuda.Stream(device)
         self.compute: torch.cuda.Stream  # the current one at the last call from outside
         self.buffer: torch.Tensor | None = None
         # Layer -> the streamed layer that the last forward used next.
@@ -182,15 +185,12 @@ class Streamer:
         """Into the layer's own memory, laid out as the host does it."""
         memory = aimdo_to_tensor(source.slot, self.device)
         weight = on_other_memory(layer.weight, memory[: source.nbytes].view(source.blocks.shape))
-        bias = None
-        if layer.bias is not None:
-            dtype, start = layer.bias._model_dtype, -(-source.nbytes // ALIGNMENT) * ALIGNMENT
-            bias = memory[start : start + layer.bias.numel() * dtype.itemsize].view(dtype).view(layer.bias.shape)
         # Whatever held this memory before may still be in use.
         self.stream.wait_stream(self.compute)
-        # A small copy of pageable memory waits for what is before it on its stream, so it comes first.
+        bias = self._send_bias(layer, self.stream)
         if bias is not None:
-            bias.copy_(layer.bias, non_blocking=True)
+            start = -(-source.nbytes // ALIGNMENT) * ALIGNMENT
+            bias = memory[start : start + bias.nbytes].view(bias.dtype).view(bias.shape).copy_(bias)
         weight._qdata.copy_(source.blocks, non_blocking=True)
         layer._v_weight, layer._v_bias, layer._v_signature = weight, bias, signature
         return Sent(self, source, weight, bias, self.stream.record_event(), None)
@@ -239,11 +239,20 @@ class Streamer:
             source.weight = on_other_memory(layer.weight, source.there)
         if source.start is None:
             layer._v_signature = None
-            if layer.bias is not None:
-                # Biases are small: they stay.
-                with torch.cuda.stream(self.compute):
-                    source.bias = layer.bias.to(self.device, layer.bias._model_dtype)
+            # Biases are small: they stay.
+            source.bias = self._send_bias(layer, self.compute)
         source.start = start
+
+    def _send_bias(self, layer: torch.nn.Module, reader: torch.cuda.Stream) -> torch.Tensor | None:
+        """A layer's bias in memory of its own, for `reader`, once that has waited for what `self.stream` does next."""
+        if layer.bias is None:
+            return None
+        # Not an inference tensor, like the weight beside it.
+        with torch.inference_mode(False), torch.cuda.stream(self.biases):
+            bias = layer.bias.to(self.device, layer.bias._model_dtype, non_blocking=True)
+        bias.record_stream(reader)
+        self.stream.wait_stream(self.biases)
+        return bias
 
     def _drop_sent(self) -> None:
         for sent in self.sent.values():

@@ -26,11 +26,12 @@ class Stream:
     """In place of torch.cuda.Stream: the events that happen before what is given to it next."""
 
     def __init__(self, device=None):
-        self.known = frozenset()
+        self.known = self.own = frozenset()
 
     def record_event(self) -> Event:
         event = Event(self.known)
         self.known |= event.known
+        self.own |= {event}
         return event
 
     def wait_event(self, event: Event) -> None:
@@ -84,6 +85,8 @@ class Machine:
         self.n_begun = 0
         self.streamer = Streamer(CPU, list(files), max(layer.nbytes for layer in layers), self.begins)
         self.sent, self.readers = [], []
+        # Biases in memory that others may have as soon as nobody holds them, and the streams that still read it.
+        self.lent: list[tuple[torch.Tensor, Stream]] = []
         for layer in layers:
             layer.streamer = self.streamer
 
@@ -138,6 +141,8 @@ class Machine:
             sent = send(layer)
             if sent is not None and sent.ready is not None:
                 self.sent.append((layer, sent.ready))
+                # Biases have come on another.
+                assert self.streamer.biases.own <= sent.ready.known
             return sent
 
         return send_and_note
@@ -176,6 +181,7 @@ def machine_maker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
         made = Machine(layers, files)
         computing.append(made.compute)
         monkeypatch.setattr(made.streamer, "_send", made.noted(made.streamer._send))
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda *lent: made.lent.append(lent))
         return made
 
     return make

@@ -45,6 +45,23 @@ def test_the_first_forward_sends_each_weight_when_it_is_used_the_second_ahead(ma
     assert run.names() == [3, 4, 5, 6, 7, 0, 1, 2] * 5
 
 
+def test_biases_come_on_a_stream_with_nothing_before_them(machine):
+    """A copy from memory that is not pinned has the processor wait for what is before it."""
+    run = machine(layers_of(60, 60, 60, 60))
+    run.layers[1]._v.fits = True
+    kept, streams = run.layers[1::2]
+    for _ in range(2):
+        run.forward()
+        run.forward()
+        run.streamer.reset()
+    biases = run.streamer.biases
+    assert biases.known == biases.own
+    # The kept one is copied on to where the layer has it, the other is read where it came to, once in each sampling.
+    assert [reader for _, reader in run.lent] == [run.streamer.stream, run.compute, run.compute]
+    for layer, (bias, _) in zip((kept, streams, streams), run.lent, strict=True):
+        assert torch.equal(bias, layer.bias.bfloat16())
+
+
 def test_each_forward_has_the_places_of_the_last_one(machine):
     """So that what was prepared for an address serves again: views, and launches of the kernels."""
     run = machine(layers_of(60, 60, 60, 60, 60))
