@@ -60,7 +60,7 @@ def memory() -> None:
     A row may have got the letter of its machine by hand, where rows of several were put together.
     """
     rows = json.loads((RESULTS / "memory.json").read_text())["rows"].values()
-    rows = [row for row in rows if row["table"] != "reference"]
+    rows = [row for row in rows if row["table"] != "reference" and row["ratio"] is not None]
     names = [
         f"{row['table']}: {row['row']}, {row['compute']}, {row['resolution']} {row.get('machine', '')}" for row in rows
     ]
