@@ -22,15 +22,13 @@ UNREAD = ("wrappers", "callbacks", "uuids")
 
 def record_forwards(patcher, workspace: Workspace) -> None:
     """Have a patcher's diffusion model, and those of its clones, replay their forwards where that is faster."""
-    model, device = patcher.model, patcher.load_device
-    if not settings().enable_cuda_graph or device.type != "cuda" or torch.version.hip is not None:
+    model = patcher.model
+    if not settings().enable_cuda_graph or patcher.load_device.type != "cuda" or torch.version.hip is not None:
         return
     # Weak: a model that holds what holds it would stay until the garbage collector comes.
     the_model = weakref.ref(model)
     model.diffusion_model.gguf_native_graphs = ForwardGraphs(
-        workspace,
-        lambda x, options: why_not(the_model(), device, x, options),
-        lambda: held_weights(the_model(), device),
+        workspace, lambda x, options: why_not(the_model(), x, options), lambda: held_weights(the_model())
     )
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ATTACHMENT, replaying)
 
@@ -81,14 +79,18 @@ def other_wrappers(options: dict) -> list[str]:
     return [str(key) for key in options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {}) if key != ATTACHMENT]
 
 
-def why_not(model: torch.nn.Module, device: torch.device, x: torch.Tensor, options: dict) -> str | None:
+def why_not(model: torch.nn.Module, x: torch.Tensor, options: dict) -> str | None:
     """Why the forward may not be recorded now, or None."""
+    # Not the one that the loader chose: the host has a copy for each GPU, and a node to choose another.
+    device = model.device
     if not getattr(comfy.cli_args.args, "disable_comfy_compiler", True):
         return "ComfyUI records graphs itself"
     if not hasattr(torch._C, "_cuda_endAllocateToPool"):
         return "torch is older than 2.8"
     if others := other_wrappers(options):
         return f"another node works around each forward ({', '.join(others)})"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "another node watches the model's layers"
     patcher, layers = model.current_patcher, packed_layers(model).values()
     if patcher is not None and (patcher.hook_patches or patcher.forced_hooks):
         return "hooks change weights while the model samples"
@@ -114,9 +116,9 @@ def is_resident(module: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def held_weights(model: torch.nn.Module, device: torch.device) -> Iterator[object]:
+def held_weights(model: torch.nn.Module) -> Iterator[object]:
     """See `ForwardGraphs`. DynamicVRAM gives pages back and tells by their signature; the legacy patcher tells us."""
-    vbar = getattr(model, "dynamic_vbars", {}).get(device)
+    vbar = getattr(model, "dynamic_vbars", {}).get(model.device)
     if vbar is None:
         yield None
         return

@@ -15,7 +15,7 @@ class LoraMismatchError(ValueError):
 def apply_lora(
     model: ModelPatcher, clip: comfy.sd.CLIP | None, path: str, strength_model: float, strength_clip: float
 ) -> tuple[ModelPatcher, comfy.sd.CLIP | None]:
-    """Clones of model and clip with the LoRA added; the originals stay as they are.
+    """Clones of model and clip with the LoRA added; the originals stay as they are. What gets strength 0 is no clone.
 
     Raises LoraMismatchError if not one key of the file names a weight of the model or the text encoder.
     """
@@ -31,7 +31,7 @@ def apply_lora(
             f"model{'' if clip is None else ' or its text encoder'}. Its first keys are {', '.join(keys[:5])}. "
             "It was made for another model; choose one for this model."
         )
-    return new_model, new_clip
+    return new_model if strength_model else model, new_clip if strength_clip else clip
 
 
 def _n_patches(patcher: ModelPatcher) -> int:

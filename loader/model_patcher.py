@@ -17,7 +17,7 @@ from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.lora import n_loras, side_path
 from ..ops.matmul import Workspace
 from . import residency
-from .file_streaming import files_of, stop_streaming, stream_from_files, unpin_files
+from .file_streaming import files_of, send_once, stop_streaming, stream_from_files, unpin_files
 from .graphs import forget_graphs, record_forwards
 from .load_order import spread
 from .out_of_memory import retry_forwards
@@ -202,6 +202,7 @@ def adopt(
     patcher.set_attachments(ATTACHMENT, {"role": role, "patch_dtype": patch_dtype, "patch_on_device": patch_on_device})
     if role == DIFFUSION:
         retry_forwards(patcher)
+        send_once(patcher)
         record_forwards(patcher, workspace)
     patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_CLONE, ATTACHMENT, _adopt_clone)
     return _adopt_clone(None, patcher)

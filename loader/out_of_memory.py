@@ -59,8 +59,8 @@ class Retrying:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """The host's own question knows CUDA's and torch's errors, not that of DynamicVRAM's buffer for weights."""
-    return mm.is_oom(error) or str(error).startswith("VRAM grow failed")
+    """The host's own question knows CUDA's and torch's errors, not those of DynamicVRAM's buffers and pages."""
+    return mm.is_oom(error) or str(error).startswith(("VRAM grow failed", "Fault failed"))
 
 
 def untouched(value: object):

@@ -53,7 +53,7 @@ class LoraLoaderGGUF(io.ComfyNode):
         for number in sorted(int(widget.removeprefix("lora_")) for widget in widgets if widget.startswith("lora_")):
             name = widgets[f"lora_{number}"]
             strength_model = widgets.get(f"strength_model_{number}", 1.0)
-            strength_clip = widgets.get(f"strength_clip_{number}", 1.0)
+            strength_clip = 0 if clip is None else widgets.get(f"strength_clip_{number}", 1.0)
             if name != NONE and (strength_model, strength_clip) != (0, 0):
                 path = folder_paths.get_full_path_or_raise("loras", name)
                 model, clip = apply_lora(model, clip, path, strength_model, strength_clip)

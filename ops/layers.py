@@ -92,7 +92,13 @@ class PackedWeight:
             here = (None if is_sent else self._borrow_resident(x) or self._borrow_here(x)) or self._borrow_streamed(x)
             if here is not None:
                 weight, bias, token = here
-                return weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype), token
+                if bias is None or bias.dtype == x.dtype:
+                    return here
+                try:
+                    return weight, bias.to(x.dtype), token
+                except BaseException:
+                    self.give_back(*here)
+                    raise
         return comfy.ops.cast_bias_weight(
             self,
             None,
@@ -134,8 +140,8 @@ class PackedWeight:
         """As `borrow` where the model's streamer brings the weight, else None."""
         if self.streamer is None or not x.is_cuda or torch.compiler.is_compiling():
             return None
-        # A patched bias is the host's affair.
-        if getattr(self, "bias_lowvram_function", None) is not None:
+        # A patched bias is the host's affair, and so is what it has sent ahead itself.
+        if getattr(self, "bias_lowvram_function", None) is not None or "_prefetch" in self.__dict__:
             return None
         sent = self.streamer.borrow(self)
         return None if sent is None else (sent.weight, sent.bias, sent)
@@ -150,13 +156,17 @@ class PackedWeight:
 
     def borrow_dense(self, x: torch.Tensor, dtype: torch.dtype):
         """As `borrow`, but the weight decoded to `dtype`, and patched unless the patches are low-rank factors."""
-        weight, bias, token = self.borrow(x)
-        # A host or third-party weight function has had the weight decoded already.
-        if is_packed(weight):
-            weight = decode_weight(weight, self.decode_dtype or dtype, self.workspace)
-        weight = weight.to(dtype)
-        if self.side_path is not None and self.side_path.rewrite is not None:
-            weight = self.side_path.rewrite(weight)
+        borrowed = weight, bias, token = self.borrow(x)
+        try:
+            # A host or third-party weight function has had the weight decoded already.
+            if is_packed(weight):
+                weight = decode_weight(weight, self.decode_dtype or dtype, self.workspace)
+            weight = weight.to(dtype)
+            if self.side_path is not None and self.side_path.rewrite is not None:
+                weight = self.side_path.rewrite(weight)
+        except BaseException:
+            self.give_back(*borrowed)
+            raise
         return weight, bias, token
 
 

@@ -29,6 +29,8 @@ class PinnedFile:
     def __init__(self, mapping: mmap.mmap, file: BinaryIO):
         self.mapping, self.file, self.nbytes = mapping, file, len(mapping)
         self.device: torch.device | None = None
+        # Whether the system or its driver would not pin it; it is not asked again.
+        self.is_refused = False
         self.pinning: Future | None = None
         self.release: weakref.finalize | None = None
 
@@ -66,6 +68,7 @@ class PinnedFile:
             code = torch.cuda.cudart().cudaHostRegister(address_of(self.mapping), self.nbytes, READ_ONLY)
             if int(code) != 0:
                 comfy.model_management.discard_cuda_async_error()
+                self.is_refused = True
                 return False
         # Before the mapping goes, which this holds; what is left at the process's end, the system takes.
         self.release = weakref.finalize(self, unregister, self.mapping)

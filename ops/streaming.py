@@ -55,22 +55,22 @@ class Sent:
 class Streamer:
     """Sends the weights of one model from pinned files to one GPU."""
 
-    def __init__(self, device: torch.device, files: list[PinnedFile], largest: int, begins: Callable[[], None]):
-        """files: those that the weights lie in. largest: bytes of the largest weight.
-
-        begins: called in each sampling before the first weight that may not stay.
-        """
-        self.device, self.files, self.begins = device, files, begins
-        self.ring_bytes = max(LOOK_AHEAD, 2 * largest)
+    def __init__(self, device: torch.device, begins: Callable[[], None]):
+        """begins: called in each sampling before the first weight that may not stay."""
+        self.device, self.begins = device, begins
+        self.files: list[PinnedFile] = []
+        self.ring_bytes = LOOK_AHEAD
         self.stream = torch.cuda.Stream(device)
-        # A copy from memory that is not pinned holds up the processor until all before it on its stream is done, so
-        # biases, which are converted first, have a stream with nothing before them.
-        self.biases = torch.cuda.Stream(device)
         self.compute: torch.cuda.Stream  # the current one at the last call from outside
         self.buffer: torch.Tensor | None = None
         # Layer -> the streamed layer that the last forward used next.
         self.after: dict[torch.nn.Module, torch.nn.Module] = {}
         self._begin()
+
+    def prepare(self, files: list[PinnedFile], largest: int) -> None:
+        """For a load: the files that its weights lie in, and the bytes of the largest of them."""
+        self.files, self.ring_bytes = files, max(LOOK_AHEAD, 2 * largest)
+        self.reset()
 
     def _begin(self) -> None:
         self.ring = Ring(self.ring_bytes)
@@ -99,13 +99,17 @@ class Streamer:
         self.works = False
         return had_one
 
-    def borrow(self, layer: torch.nn.Module) -> Sent | None:
-        """A layer's weight, for the current stream's use; None if it cannot come this way. Give it back after use."""
+    def serves(self) -> bool:
+        """Whether weights come this way now; waits for the files to be pinned."""
         if self.works is None:
             self.works = all(file.is_pinned() for file in self.files)
             if not self.works and all(file.is_asked_for for file in self.files):
                 log_unpinned()
-        if not self.works:
+        return self.works
+
+    def borrow(self, layer: torch.nn.Module) -> Sent | None:
+        """A layer's weight, for the current stream's use; None if it cannot come this way. Give it back after use."""
+        if not self.works and not self.serves():
             return None
         self.compute = torch.cuda.current_stream(self.device.index)
         sent = self.sent.pop(layer, None)
@@ -122,7 +126,11 @@ class Streamer:
         self.last = layer
         # Several at once: each turn to the other stream takes the processor as long as some copies.
         if self.n_ahead < LOOK_AHEAD // 2:
-            self._send_ahead(layer)
+            try:
+                self._send_ahead(layer)
+            except BaseException:
+                self.give_back(sent)
+                raise
         return sent
 
     def give_back(self, sent: Sent) -> None:
@@ -176,7 +184,11 @@ class Streamer:
             if vbar_signature_compare(signature, layer._v_signature):
                 return Sent(self, source, layer._v_weight, layer._v_bias, None, None)
             if signature is not None:
-                return self._send_to_stay(layer, source, signature)
+                try:
+                    return self._send_to_stay(layer, source, signature)
+                except BaseException:
+                    vbar_unpin(source.slot)
+                    raise
         # Whom DynamicVRAM has refused it refuses until the next load, at which all of this begins anew.
         source.may_stay = False
         return self._send_into_ring(layer, source)
@@ -185,12 +197,15 @@ class Streamer:
         """Into the layer's own memory, laid out as the host does it."""
         memory = aimdo_to_tensor(source.slot, self.device)
         weight = on_other_memory(layer.weight, memory[: source.nbytes].view(source.blocks.shape))
+        bias = None
+        if layer.bias is not None:
+            dtype, start = layer.bias._model_dtype, -(-source.nbytes // ALIGNMENT) * ALIGNMENT
+            bias = memory[start : start + layer.bias.numel() * dtype.itemsize].view(dtype).view(layer.bias.shape)
         # Whatever held this memory before may still be in use.
         self.stream.wait_stream(self.compute)
-        bias = self._send_bias(layer, self.stream)
+        # If it is not in the pinned file, its copy waits for what is before it on the stream, so it comes first.
         if bias is not None:
-            start = -(-source.nbytes // ALIGNMENT) * ALIGNMENT
-            bias = memory[start : start + bias.nbytes].view(bias.dtype).view(bias.shape).copy_(bias)
+            bias.copy_(layer.bias, non_blocking=True)
         weight._qdata.copy_(source.blocks, non_blocking=True)
         layer._v_weight, layer._v_bias, layer._v_signature = weight, bias, signature
         return Sent(self, source, weight, bias, self.stream.record_event(), None)
@@ -198,6 +213,8 @@ class Streamer:
     def _send_into_ring(self, layer: torch.nn.Module, source: Source) -> Sent | None:
         if self.buffer is None and not self._make_buffer():
             return None
+        if layer.bias is not None and source.bias is None:
+            source.bias = self._send_bias(layer.bias)
         if layer is self.first:
             # So that each forward has the places of the last one, and what was prepared for an address serves again.
             self.ring.head = 0
@@ -239,20 +256,15 @@ class Streamer:
             source.weight = on_other_memory(layer.weight, source.there)
         if source.start is None:
             layer._v_signature = None
-            # Biases are small: they stay.
-            source.bias = self._send_bias(layer, self.compute)
         source.start = start
 
-    def _send_bias(self, layer: torch.nn.Module, reader: torch.cuda.Stream) -> torch.Tensor | None:
-        """A layer's bias in memory of its own, for `reader`, once that has waited for what `self.stream` does next."""
-        if layer.bias is None:
-            return None
-        # Not an inference tensor, like the weight beside it.
-        with torch.inference_mode(False), torch.cuda.stream(self.biases):
-            bias = layer.bias.to(self.device, layer.bias._model_dtype, non_blocking=True)
-        bias.record_stream(reader)
-        self.stream.wait_stream(self.biases)
-        return bias
+    def _send_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """To where it stays for this sampling, for biases are small."""
+        # Blocking, the processor would convert it and wait for all that the GPU has been given.
+        with torch.inference_mode(False):
+            sent = bias.to(self.device, bias._model_dtype, non_blocking=True)
+        sent.record_stream(self.compute)
+        return sent
 
     def _drop_sent(self) -> None:
         for sent in self.sent.values():

@@ -21,9 +21,11 @@ from gguf_native.config import settings
 from gguf_native.loader import graphs
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.graphs import graphs_of, held_weights, record_forwards, replaying, why_not
+from gguf_native.loader.packed_layers import packed_layers
 from gguf_native.loader.residency import ATTACHMENT
 from gguf_native.ops.graph import ForwardGraphs
 from gguf_native.ops.matmul import Workspace
+from gguf_native.quantizer.collect import Seen, watching
 
 FLUX = "tiny_flux_256"
 LAYER, SHAPE = "double_blocks.0.img_attn.qkv", (768, 256)
@@ -178,7 +180,7 @@ def may(patcher, monkeypatch):
     def asked(by=patcher, options=OPTIONS) -> str | None:
         by.partially_load(CPU)
         by.model.current_patcher = by
-        reason = why_not(by.model, CPU, torch.zeros(1, 16, 8, 8), options)
+        reason = why_not(by.model, torch.zeros(1, 16, 8, 8), options)
         by.model.current_patcher = None
         return reason
 
@@ -207,6 +209,47 @@ def test_hooks(patcher, may):
     registered.add_hook_patches(hooks.hooks[0], {f"diffusion_model.{LAYER}.weight": ("diff", (torch.zeros(SHAPE),))})
     assert may(registered) == "hooks change weights while the model samples"
     assert may() is None
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_who_watches_layers_sees_each_forward(patcher, may, register):
+    handle = getattr(patcher.model.diffusion_model.double_blocks[0].img_attn.qkv, register)(lambda *_: None)
+    assert may() == "another node watches the model's layers"
+    handle.remove()
+    assert may() is None
+
+
+def test_importance_is_counted_in_each_forward(patcher, may):
+    with watching(patcher.model.diffusion_model, Seen()):
+        assert may() == "another node watches the model's layers"
+    assert may() is None
+
+
+def test_a_copy_for_another_gpu_is_asked_about_that_one(patcher, monkeypatch, path):
+    """The host makes it by our loader, which knows only the first GPU, and gives it its own afterwards."""
+    asked = []
+
+    def load(path: str):
+        made = load_diffusion_model(path)
+        made.load_device = GPU
+        record_forwards(made, Workspace())
+        made.load_device = CPU
+        return made
+
+    patcher.cached_patcher_init = (load, (str(path),))
+    other = torch.device("cuda", 1)
+    copy = patcher.deepclone_multigpu(new_load_device=other)
+    assert copy.load_device == other
+    copy.model.device, copy.model.dynamic_vbars = other, {other: Pages(1)}
+    recorder = graphs_of(copy.model.diffusion_model)
+    with recorder.held_weights() as weights:
+        assert weights is not None and copy.model.dynamic_vbars[other].n_pins == 1
+    monkeypatch.setattr(graphs, "mm", SimpleNamespace(**vars(mm)))
+    monkeypatch.setattr(graphs.mm, "get_free_memory", lambda device, torch_free_too: asked.append(device) or (0, 0))
+    for layer in packed_layers(copy.model).values():
+        layer._v, layer._v_signature = copy.model.dynamic_vbars[other].slot(0), (ctypes.c_uint32 * 1)(1)
+    assert "would have to be free" in recorder.why_not(torch.zeros(1, 16, 8, 8), OPTIONS)
+    assert asked == [other]
 
 
 @pytest.mark.parametrize("adapter", ["loha", "dora", "lokr"])
@@ -286,25 +329,25 @@ def test_a_weight_that_went_through_the_ring_is_not_asked_for(patcher, may):
 
 
 def test_without_dynamic_vram_weights_stay_until_it_is_said(patcher):
-    with held_weights(patcher.model, CPU) as weights, held_weights(patcher.model, CPU) as again:
+    with held_weights(patcher.model) as weights, held_weights(patcher.model) as again:
         assert weights == again
 
 
 def test_held_weights_under_dynamic_vram():
     """All pages are held, and their numbers tell them from those that take their place."""
     pages = Pages(1, 2, 3)
-    model = SimpleNamespace(dynamic_vbars={GPU: pages})
+    model = SimpleNamespace(device=GPU, dynamic_vbars={GPU: pages, torch.device("cuda", 1): None})
     seen = []
     for serial in (2, 2, 9, None, None, 2):
         pages.serials[1] = serial
-        with held_weights(model, GPU) as weights:
+        with held_weights(model) as weights:
             assert pages.n_pins == (serial is not None)
             seen.append(weights)
         assert pages.n_pins == 0
     first, same, other, nothing, nothing_again, last = seen
     assert first == same == last != other
     assert nothing not in (first, other, nothing_again)
-    with pytest.raises(KeyError), held_weights(model, GPU):
+    with pytest.raises(KeyError), held_weights(model):
         raise KeyError
     assert pages.n_pins == 0
 

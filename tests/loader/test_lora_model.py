@@ -248,6 +248,10 @@ def test_node_without_an_effect_gives_the_model_back(samples, lora_folder):
     base = packed(samples, FLUX)
     off = LoraLoaderGGUF.execute(base, lora_1="first.safetensors", strength_model_1=0, strength_clip_1=0)
     assert off.args[0] is base
+    # The text encoder's strength stays at 1 where none is connected.
+    assert LoraLoaderGGUF.execute(base, lora_1="first.safetensors", strength_model_1=0).args[0] is base
+    # With one, the file is read, and the model stays as it is too.
+    assert apply_lora(base, None, str(lora_folder / "first.safetensors"), 0, 1)[0] is base
 
 
 def test_lora_of_another_model_is_named(samples):

@@ -12,10 +12,12 @@ from sampling import sample
 pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
 
 import comfy.model_management as mm
+import comfy_aimdo.model_vbar
 import comfy_aimdo.vram_buffer
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from gguf_native.loader import out_of_memory
 from gguf_native.loader.diffusion_model import load_diffusion_model
+from gguf_native.loader.file_streaming import without_prefetch
 from gguf_native.loader.graphs import replaying
 from gguf_native.loader.model_patcher import adopt
 from gguf_native.loader.out_of_memory import (
@@ -173,11 +175,17 @@ def test_decoded_weights_go_first_and_the_ring_last(owner, monkeypatch):
     assert given_up == in_order
 
 
-def test_the_error_of_dynamic_vram_is_one_too(owner):
-    """Of the buffer that a weight without room goes through: the host's own question does not know it."""
-    text = "VRAM grow failed"
-    assert f'RuntimeError(f"{text}: ' in inspect.getsource(comfy_aimdo.vram_buffer.VRAMBuffer.get)
-    error = RuntimeError(f"{text}: 16777216 bytes")
+@pytest.mark.parametrize(
+    "text, source",
+    [
+        ("VRAM grow failed", comfy_aimdo.vram_buffer.VRAMBuffer.get),
+        ("Fault failed", comfy_aimdo.model_vbar.ModelVBAR.fault),
+    ],
+)
+def test_the_errors_of_dynamic_vram_are_such_too(owner, text, source):
+    """Of the buffer that a weight without room goes through, and of pages: the host's own question knows neither."""
+    assert f'RuntimeError(f"{text}: ' in inspect.getsource(source)
+    error = RuntimeError(f"{text}: 2")
     assert not mm.is_oom(error)
     owner.error, owner.has_others = error, True
     assert torch.equal(owner(torch.zeros(8)), torch.ones(8)) and owner.tried == [8, 8]
@@ -236,8 +244,8 @@ def test_it_is_around_the_graphs_and_only_on_a_gpu(path):
     patcher.load_device = torch.device("cuda", 0)
     adopt(patcher, DIFFUSION)
     patcher.load_device = torch.device("cpu")
-    first, second = patcher.clone().get_wrappers(WrappersMP.DIFFUSION_MODEL, ATTACHMENT)
-    assert isinstance(first, Retrying) and second is replaying
+    first, *others = patcher.clone().get_wrappers(WrappersMP.DIFFUSION_MODEL, ATTACHMENT)
+    assert isinstance(first, Retrying) and others == [without_prefetch, replaying]
 
 
 class Taking(torch.nn.Module):

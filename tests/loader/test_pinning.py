@@ -1,6 +1,7 @@
 """A model's file pinned for its streamer, within what the host allows itself, and given back when it asks."""
 
 import gc
+import inspect
 import logging
 from types import SimpleNamespace
 
@@ -12,13 +13,16 @@ from sampling import sample
 pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
 
 import comfy.cli_args
+import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from gguf_native.loader import file_streaming, model_patcher
 from gguf_native.loader.diffusion_model import load_diffusion_model
-from gguf_native.loader.file_streaming import pin_files, stream_from_files, streamer_of, unpin_files
+from gguf_native.loader.file_streaming import pin_files, send_once, stream_from_files, streamer_of, unpin_files
 from gguf_native.loader.packed_layers import cache_of, packed_layers
+from gguf_native.loader.residency import ATTACHMENT
 from gguf_native.ops import streaming
 from gguf_native.ops.layers import GGUFOps
 from gguf_native.ops.streaming import pinned_file_of
@@ -34,7 +38,7 @@ class File:
     """In place of a PinnedFile: what it was asked, in a list that all of them share."""
 
     def __init__(self, nbytes: int, done: list):
-        self.nbytes, self.done, self.is_asked_for = nbytes, done, False
+        self.nbytes, self.done, self.is_asked_for, self.is_refused = nbytes, done, False, False
 
     def pin(self, device: torch.device) -> None:
         self.done.append(("pin", self.nbytes, device))
@@ -45,7 +49,7 @@ class File:
         self.is_asked_for = False
 
     def is_pinned(self) -> bool:
-        return self.is_asked_for
+        return self.is_asked_for and not self.is_refused
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +118,18 @@ def test_systems_that_pin_no_files(system, files, caplog, monkeypatch):
     (message,) = refused(system, files, caplog)
     assert message.startswith("GGUF Native: this system does not let the GPU read a file's pages where they are")
     assert system.asked == []
+
+
+def test_what_the_driver_refuses_is_not_asked_again_nor_counted(system, files, caplog):
+    assert pin_files(files, GPU)
+    # The answer comes later.
+    files[1].is_refused = True
+    with caplog.at_level(logging.INFO, "gguf_native"):
+        assert not pin_files(files, GPU)
+        assert not pin_files(files, GPU)
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 500
+    assert system.asked == [570, 570]
+    assert len(caplog.messages) == 1
 
 
 class Stream:
@@ -246,6 +262,63 @@ def test_unpinned_after_the_last_copy_and_counted_no_more(base, system):
     assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 500
 
 
+def test_what_was_refused_is_not_freed(base, monkeypatch, caplog):
+    """The host would take it for memory that it has now, and the log for a reason that is none."""
+    stream_from_files(base.model, GPU)
+    next(iter(streamer_of(base.model).files)).is_refused = True
+    file_streaming.log_unpinned_while_sampling.cache_clear()
+    monkeypatch.setattr(base.model, "current_patcher", base)
+    with caplog.at_level(logging.INFO, "gguf_native"):
+        assert unpin_files(base.model) == 0
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
+    assert caplog.messages == []
+
+
+def test_a_later_load_may_stream_from_more(base, system):
+    """A split file of which the first load paged in one part, or a larger layer that a LoRA had to itself."""
+    layers = [layer for layer in packed_layers(base.model).values() if hasattr(layer, "_v")]
+    largest = max(layers, key=lambda layer: layer.weight._qdata.nbytes)
+    part = largest.weight._qdata.untyped_storage()._gguf_native_file = File(70, system.done)
+    largest.bias_lowvram_function = object()
+    stream_from_files(base.model, GPU)
+    streamer = streamer_of(base.model)
+    assert part not in streamer.files and not part.is_asked_for
+    largest.bias_lowvram_function = None
+    stream_from_files(base.model, GPU)
+    assert streamer_of(base.model) is streamer
+    assert part in streamer.files and part.is_asked_for
+    assert streamer.ring_bytes >= 2 * largest.weight._qdata.nbytes
+    largest.weight._qdata.untyped_storage()._gguf_native_file = next(
+        file for file in streamer.files if file is not part
+    )
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_host_sends_no_blocks_ahead_of_a_streamer(base, works):
+    """As it would for LTX-2, over the same bus and with a copy in RAM; it may where the streamer does not work."""
+    seen = []
+
+    def forward(x, transformer_options):
+        seen.append(transformer_options["prefetch_dynamic_vbars"])
+
+    base.load_device = GPU
+    send_once(base)
+    base.load_device = CPU
+    (wrapper,) = base.get_wrappers(WrappersMP.DIFFUSION_MODEL, ATTACHMENT)
+    run = WrapperExecutor.new_class_executor(forward, base.model.diffusion_model, [wrapper]).execute
+    options = {"cond_or_uncond": [0], "prefetch_dynamic_vbars": True}
+    run(None, transformer_options=dict(options))
+    stream_from_files(base.model, GPU)
+    streamer_of(base.model).files[0].is_refused = not works
+    run(None, transformer_options=dict(options))
+    run(None, transformer_options=options | {"prefetch_dynamic_vbars": False})
+    assert seen == [True, not works, False]
+    # Who asks for it is the host, of every model under DynamicVRAM.
+    assert 'transformer_options["prefetch_dynamic_vbars"] = (' in inspect.getsource(
+        comfy.model_base.BaseModel._apply_model
+    )
+
+
 @pytest.mark.parametrize("ask", ["partially_unload_ram", "unregister_inactive_pins"])
 def test_the_host_has_the_pages_back_when_it_asks_for_weights(base, monkeypatch, ask):
     rest = []
@@ -299,6 +372,8 @@ def test_the_ring_is_given_back_when_another_model_loads(base, monkeypatch, path
     stream_from_files(base.model, GPU)
     resets = []
     monkeypatch.setattr(streamer_of(base.model), "reset", lambda: resets.append(None))
+    # Each load begins anew by itself.
+    monkeypatch.setattr(model_patcher, "stream_from_files", lambda *_: None)
     base.clone().partially_load(CPU)
     assert resets == []
     other.partially_load(CPU)

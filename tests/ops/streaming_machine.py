@@ -26,12 +26,11 @@ class Stream:
     """In place of torch.cuda.Stream: the events that happen before what is given to it next."""
 
     def __init__(self, device=None):
-        self.known = self.own = frozenset()
+        self.known = frozenset()
 
     def record_event(self) -> Event:
         event = Event(self.known)
         self.known |= event.known
-        self.own |= {event}
         return event
 
     def wait_event(self, event: Event) -> None:
@@ -83,9 +82,10 @@ class Machine:
     def __init__(self, layers: list[Layer], files: tuple = ()):
         self.layers, self.compute = layers, Stream()
         self.n_begun = 0
-        self.streamer = Streamer(CPU, list(files), max(layer.nbytes for layer in layers), self.begins)
+        self.streamer = Streamer(CPU, self.begins)
+        self.streamer.prepare(list(files), max(layer.nbytes for layer in layers))
         self.sent, self.readers = [], []
-        # Biases in memory that others may have as soon as nobody holds them, and the streams that still read it.
+        # Biases in memory of the streamer's stream, and the other stream that reads it, which torch is told of.
         self.lent: list[tuple[torch.Tensor, Stream]] = []
         for layer in layers:
             layer.streamer = self.streamer
@@ -141,8 +141,6 @@ class Machine:
             sent = send(layer)
             if sent is not None and sent.ready is not None:
                 self.sent.append((layer, sent.ready))
-                # Biases have come on another.
-                assert self.streamer.biases.own <= sent.ready.known
             return sent
 
         return send_and_note

@@ -1,5 +1,7 @@
 """What a layer does with its weight around a product: how the host sends it, and that it is given back."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,6 +44,49 @@ def test_a_forward_that_fails_gives_the_weight_back(name, arguments, x, product,
     with pytest.raises(torch.OutOfMemoryError):
         ours(x)
     assert len(given_back) == 1
+
+
+@pytest.mark.parametrize("fails", ["decode_weight", "rewrite", "bias"])
+def test_what_fails_before_the_product_gives_the_weight_back(fails, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    ours, given_back = GGUFOps.Linear(256, 4), []
+    ours.load_state_dict({"weight": packed_weight((4, 256), "Q8_0"), "bias": torch.ones(4)})
+    ours.side_path = SimpleNamespace(low_rank=None, rewrite=full if fails == "rewrite" else lambda weight: weight)
+    monkeypatch.setattr(ours, "give_back", lambda weight, bias, token: given_back.append(weight))
+    x = torch.ones(1, 256)
+    if fails == "decode_weight":
+        monkeypatch.setattr(layers, fails, full)
+    if fails == "bias":
+        ours.side_path, x = None, x.bfloat16()
+        monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        ours(x)
+    assert len(given_back) == 1
+
+
+class OnGPU(torch.Tensor):
+    """One that says so: its values are in RAM."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("by_the_host", [True, False])
+def test_what_the_host_has_sent_ahead_comes_from_it(by_the_host, monkeypatch):
+    ours, asked = GGUFOps.Linear(256, 4, bias=False), []
+    ours.load_state_dict({"weight": packed_weight((4, 256), "Q8_0")})
+    ours._v_signature = None
+    if by_the_host:
+        ours._prefetch = {"resident": False, "signature": None}
+    sent = SimpleNamespace(weight=ours.weight, bias=None)
+    ours.streamer = SimpleNamespace(sent={}, borrow=lambda layer: asked.append("streamer") or sent)
+    of_host = ours.weight, None, None
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda *_, **__: asked.append("host") or of_host)
+    # Which is where x is, here.
+    monkeypatch.setattr(ours, "_borrow_here", lambda x: None)
+    ours.borrow(torch.ones(1, 256).as_subclass(OnGPU))
+    assert asked == ["host" if by_the_host else "streamer"]
 
 
 class Sendings(TorchDispatchMode):

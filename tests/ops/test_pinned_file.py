@@ -102,9 +102,10 @@ def test_a_refusal_is_kept_and_its_error_is_taken_from_cuda(path, runtime, monke
     runtime.answer = 801
     file = opened(path)
     file.pin(CPU)
-    assert not file.is_pinned() and file.is_asked_for
+    assert not file.is_pinned() and file.is_asked_for and file.is_refused
     assert asked == ["discard"]
     file.unpin()
+    assert not file.is_asked_for and file.is_refused
     del file
     gc.collect()
     assert runtime.was_alive == []

@@ -45,21 +45,44 @@ def test_the_first_forward_sends_each_weight_when_it_is_used_the_second_ahead(ma
     assert run.names() == [3, 4, 5, 6, 7, 0, 1, 2] * 5
 
 
-def test_biases_come_on_a_stream_with_nothing_before_them(machine):
-    """A copy from memory that is not pinned has the processor wait for what is before it."""
-    run = machine(layers_of(60, 60, 60, 60))
-    run.layers[1]._v.fits = True
-    kept, streams = run.layers[1::2]
+def test_a_bias_comes_once_and_nobody_waits_for_it(machine, monkeypatch):
+    run, plain, asked = machine(layers_of(60, 60, 60, 60)), torch.Tensor.to, []
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *of, **how: asked.append((self, how)) or plain(self, *of, **how)
+    )
     for _ in range(2):
         run.forward()
         run.forward()
         run.streamer.reset()
-    biases = run.streamer.biases
-    assert biases.known == biases.own
-    # The kept one is copied on to where the layer has it, the other is read where it came to, once in each sampling.
-    assert [reader for _, reader in run.lent] == [run.streamer.stream, run.compute, run.compute]
-    for layer, (bias, _) in zip((kept, streams, streams), run.lent, strict=True):
-        assert torch.equal(bias, layer.bias.bfloat16())
+    biases = [run.layers[number].bias for number in (1, 3, 1, 3)]
+    assert [(bias is of, how) for bias, (of, how) in zip(biases, asked, strict=True)] == [
+        (True, {"non_blocking": True})
+    ] * 4
+    assert [stream for _, stream in run.lent] == [run.compute] * 4
+    for bias, (sent, _) in zip(biases, run.lent, strict=True):
+        assert torch.equal(sent, bias.bfloat16())
+
+
+@pytest.mark.parametrize("method, keeps", [("copy_", True), ("to", False)], ids=["kept", "streams"])
+def test_what_has_no_room_holds_nothing(machine, monkeypatch, method, keeps):
+    """The forward runs again: a part of DynamicVRAM that stays pinned would stay so until the model goes."""
+    run = machine(layers_of(60, 60, 60, 60))
+    run.forward()
+    run.streamer.reset()
+    for layer in run.layers:
+        layer._v.fits = keeps
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    # The first has no bias: what has no room is the second, sent ahead.
+    for layer in run.layers[1::-1]:
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(torch.Tensor, method, full)
+            run.streamer.borrow(layer)
+        assert [each._v.n_pins for each in run.layers] == [0] * 4
+        assert all(place.done is not None for place in run.streamer.ring.taken)
+    assert run.forward() == []
 
 
 def test_each_forward_has_the_places_of_the_last_one(machine):
@@ -305,7 +328,8 @@ def test_on_a_gpu_each_weight_is_there_whole_while_it_is_read(tmp_path, monkeypa
         layer.weight = on_other_memory(layer.weight, of_file.view(blocks.shape))
         start += blocks.nbytes
     file.pin(device)
-    streamer = Streamer(device, [file], max(layer.nbytes for layer in layers), lambda: None)
+    streamer = Streamer(device, lambda: None)
+    streamer.prepare([file], max(layer.nbytes for layer in layers))
     for layer in layers:
         layer.streamer = streamer
     for _ in range(10):
@@ -321,6 +345,43 @@ def test_on_a_gpu_each_weight_is_there_whole_while_it_is_read(tmp_path, monkeypa
     assert streamer.sent and streamer.buffer.nbytes == 1 << 20
     streamer.reset()
     torch.cuda.synchronize()
+    file.unpin()
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_the_processor_waits_for_no_bias(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "vbar_fault", lambda slot: None)
+    monkeypatch.setattr(streaming, "vbar_signature_compare", lambda one, other: False)
+    layers, path, device = layers_of(*[1000] * 8), tmp_path / "biases", torch.device("cuda", 0)
+    path.write_bytes(b"".join(layer.bias.numpy().tobytes() for layer in layers[1::2]))
+    opened = path.open("rb")
+    file = PinnedFile(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), opened)
+    for number, layer in enumerate(layers[1::2]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layer.bias = torch.frombuffer(file.mapping, dtype=torch.float32, offset=4000 * number, count=1000)
+        layer.bias._model_dtype = torch.bfloat16
+    for layer in layers:
+        layer.weight = on_other_memory(layer.weight, layer.weight._qdata.pin_memory())
+    file.pin(device)
+    streamer = Streamer(device, lambda: None)
+    streamer.prepare([file], max(layer.nbytes for layer in layers))
+    for layer in layers:
+        layer.streamer = streamer
+    # Loads what the first use loads.
+    for layer in layers:
+        streamer.give_back(streamer.borrow(layer))
+    streamer.reset()
+    torch.cuda.synchronize()
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(1 << 30)
+    busy.record()
+    biases = [streamer.borrow(layer).bias for layer in layers]
+    assert not busy.query()
+    torch.cuda.synchronize()
+    for layer, bias in zip(layers, biases, strict=True):
+        assert bias is None or torch.equal(bias.cpu(), layer.bias.bfloat16())
+    streamer.reset()
     file.unpin()
 
 
