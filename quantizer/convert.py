@@ -118,12 +118,11 @@ def pack_tensor(
     encode: Encode,
 ) -> Iterator[torch.Tensor]:
     """The bytes of one tensor, run by run of its rows. Raises NotFiniteError."""
-    columns = tensor.shape[-1]
-    weights = importance.get(tensor.name) if is_packed(tensor.type) and tensor.shape == tensor.source.shape else None
+    weights = tensor.weights_of_columns(importance.get(tensor.name)) if is_packed(tensor.type) else None
     # Another process would have to be sent what is only rounded here.
     encode = encode if is_packed(tensor.type) else quantize
     for run in runs_of(tensor, device):
-        rows = next(contents).view(-1, columns).to(device)
+        rows = next(contents).view(-1, tensor.columns).to(device)
         if rows.is_floating_point():
             rows = rows.float() if rows.dtype == torch.float64 else rows
             check_finite(rows, run.start, tensor, file)
@@ -136,7 +135,7 @@ def pack_tensor(
 def runs_of(tensor: PlannedTensor, device: str | torch.device) -> Iterator[Run]:
     """A tensor in runs of its rows as it is stored, as large as a device should work on."""
     most = VALUES_PER_RUN.get(torch.device(device).type, VALUES_PER_RUN_ELSEWHERE)
-    return runs(tensor.source, tensor.shape[-1], most)
+    return runs(tensor.source, tensor.columns, most)
 
 
 def size_of(source: SourceTensor) -> int:

@@ -74,7 +74,7 @@ def plan_for_size(
                     Option(
                         tensor.type,
                         aligned(tensor.nbytes),
-                        product_error(samples[columns_of(tensor)], tensor, importance.get(name), device),
+                        product_error(samples[tensor.columns], tensor, importance.get(name), device),
                     )
                     for tensor in planned
                 ]
@@ -102,17 +102,12 @@ def options_of(tensors: Mapping[str, SourceTensor], architecture: str) -> dict[s
 
 def runs_of(planned: list[PlannedTensor]) -> Iterator[Run]:
     """A tensor in runs of whole rows of each type that it may become."""
-    return runs(planned[0].source, math.lcm(*map(columns_of, planned)), VALUES_PER_RUN)
-
-
-def columns_of(tensor: PlannedTensor) -> int:
-    """Values in a row, which some types store shorter than it is."""
-    return tensor.shape[-1]
+    return runs(planned[0].source, math.lcm(*(tensor.columns for tensor in planned)), VALUES_PER_RUN)
 
 
 def sample(planned: list[PlannedTensor], contents: Iterator[torch.Tensor], file: str) -> dict[int, torch.Tensor]:
     """Columns -> every so-many-th row of a tensor that has so many columns, from its runs. Raises NotFiniteError."""
-    taken: dict[int, list[torch.Tensor]] = {columns_of(tensor): [] for tensor in planned}
+    taken: dict[int, list[torch.Tensor]] = {tensor.columns: [] for tensor in planned}
     for run in runs_of(planned):
         values = next(contents)
         check_finite(values, run.start, planned[0], file)
@@ -132,7 +127,8 @@ def product_error(
     batch has to be drawn.
     """
     rows = rows.to(device)
-    if planned.shape != planned.original_shape or importance is None or not importance.any():
+    importance = planned.weights_of_columns(importance)
+    if importance is not None and not importance.any():
         importance = None
     blocks = quantize(rows, planned.type, importance)
     difference = dequantize(blocks, planned.type) - rows

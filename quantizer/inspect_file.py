@@ -78,8 +78,8 @@ def open_model(path: str, command: str) -> GGUFFile:
         if Path(path).suffix != ".safetensors":
             raise
         raise NotGGUFError(
-            f"{Path(path).name}: `{command}` reads GGUF files, and this is named a safetensors file. Convert it first: "
-            f"python -m gguf_native quantize {Path(path).name} {Path(path).stem}-Q4_K_M.gguf --type Q4_K_M"
+            f"{Path(path).name}: `{command}` reads GGUF files, and this is named a safetensors file. Convert it first, "
+            f"with `quantize {Path(path).name} {Path(path).stem}-Q4_K_M.gguf --type Q4_K_M` in place of `{command}`."
         ) from error
 
 

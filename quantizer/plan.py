@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from functools import partial
-from math import prod
+from math import lcm, prod
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,15 @@ class PlannedTensor(NamedTuple):
     def nbytes(self) -> int:
         row = FORMATS[self.type]
         return prod(self.shape) // row.block_size * row.block_bytes
+
+    @property
+    def columns(self) -> int:
+        """Values after which a row as it is stored and one of the source begin together again."""
+        return lcm(self.shape[-1], *self.source.shape[-1:])
+
+    def weights_of_columns(self, importance: torch.Tensor | None) -> torch.Tensor | None:
+        """float32 [columns]: importance of the source's columns, None where there is none, over and over."""
+        return None if importance is None else importance.repeat(self.columns // len(importance))
 
 
 def plan_tensors(tensors: Mapping[str, SourceTensor], architecture: str, file_type: FileType) -> list[PlannedTensor]:

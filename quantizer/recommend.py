@@ -27,6 +27,8 @@ EXTRA_WORKING = 0.4 * GIB
 WORTHWHILE = 0.10
 GOOD_ERROR = 0.10
 SMALL_TYPE = "BF16"
+# Bytes per second of PCIe 3.0 with 16 lanes, in practice: taken for the bus of a card that is not here.
+USUAL_BUS = 12e9
 
 OFFERED = (
     "Q2_K",
@@ -57,7 +59,7 @@ class Choice(NamedTuple):
     streamed_bytes: float
     ram_bytes: float
     decode_seconds: float
-    stream_seconds: float | None
+    stream_seconds: float
     added_seconds: float
     slowdown: float
     error: float
@@ -97,6 +99,8 @@ def recommend(model: KnownModel, vram: float | None = None, ram: float | None = 
     device = find_device()
     types = {name for file_type in OFFERED for name in mixture(model, file_type)}
     figures = measure(device, sorted(types))
+    if figures.bus is None:
+        figures = figures._replace(bus=USUAL_BUS)
     if vram is None and device.is_gpu:
         vram = device.free
     ram = available_ram() if ram is None else ram
@@ -112,8 +116,8 @@ def choose(model: KnownModel, file_type: str, figures: Figures, vram: float | No
     resident = n_bytes if vram is None else min(n_bytes, max(0.0, vram - working_bytes(model)))
     compute = compute_seconds(model, figures.operations)
     decode = decode_seconds(values, {name: row.values_per_second for name, row in figures.types.items()})
-    stream = (n_bytes - resident) / figures.bus if figures.bus else None
-    added = added_seconds(compute, decode, stream or 0.0)
+    stream = (n_bytes - resident) / figures.bus
+    added = added_seconds(compute, decode, stream)
     return Choice(
         file_type,
         n_bytes,
@@ -180,13 +184,10 @@ def best(choices: list[Choice], ram: float | None) -> tuple[Choice, str]:
     Of the quantised ones: BF16 stands in the table to compare with.
     """
     packed = [choice for choice in choices if is_packed(FILE_TYPES[choice.file_type].types[0])]
-    # Where no bus was measured, what a streaming file costs is not known.
-    known = [choice for choice in packed if not choice.streamed_bytes or choice.stream_seconds is not None]
-    fitting = [choice for choice in known if ram is None or choice.ram_bytes <= ram]
+    fitting = [choice for choice in packed if ram is None or choice.ram_bytes <= ram]
     if not fitting:
         smallest = min(packed, key=lambda choice: choice.file_bytes)
-        where = f"{size(ram)} of main memory: weights come from disk" if known else "the card, and no bus was measured"
-        return smallest, f"no file fits into {where}; it is the smallest."
+        return smallest, f"no file fits into {size(ram)} of main memory: weights come from disk; it is the smallest."
     cheap = [choice for choice in fitting if choice.slowdown <= WORTHWHILE and choice.error <= GOOD_ERROR]
     if cheap:
         chosen = min(cheap, key=lambda choice: choice.error)
@@ -211,9 +212,11 @@ def setting(device: Device, figures: Figures, vram: float | None, ram: float | N
     memory = "" if ram is None else f", {ram / GIB:.1f} GiB of main memory"
     card = "" if vram is None else f", {vram / GIB:.1f} GiB on the card"
     rates = f"{figures.operations / 1e12:.3g} TFLOP/s"
-    bus = f", bus {figures.bus / 1e9:.1f} GB/s" if figures.bus else ""
-    no_gpu = "" if device.is_gpu else " (no GPU found: decoding and products are the CPU's, streaming is left out)"
-    return f"{device.name}{card}{memory}; measured: {rates}{bus}{no_gpu}"
+    if device.is_gpu:
+        return f"{device.name}{card}{memory}; measured: {rates}, bus {figures.bus / 1e9:.1f} GB/s"
+    no_gpu = "no GPU found: decoding and products are the CPU's"
+    bus = "" if vram is None else f", the bus is taken for one of {figures.bus / 1e9:.0f} GB/s, PCIe 3.0 with 16 lanes"
+    return f"{device.name}{card}{memory}; measured: {rates} ({no_gpu}{bus})"
 
 
 def lines(advice: Advice) -> list[str]:

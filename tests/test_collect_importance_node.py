@@ -1,5 +1,7 @@
 """The node GGUFCollectImportance in the real server: it watches a model that samples, and changes no picture."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gguf_native.loader import open_gguf
@@ -42,6 +44,33 @@ def test_what_it_collects_serves_the_quantiser(server, samples, tmp_path):
     (blind,) = convert(samples.sample("tiny_flux"), tmp_path / "blind.gguf", "Q3_K_M")
     assert target.stat().st_size - blind.stat().st_size < 200
     assert target.read_bytes() != blind.read_bytes()
+
+
+def test_a_cancelled_run_does_not_count(host, tmp_path, monkeypatch):
+    import comfy.model_management as mm
+    import folder_paths
+    from gguf_native.nodes.collect_importance import KEY, GGUFCollectImportance
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    added, model = {}, SimpleNamespace(add_wrapper_with_key=lambda kind, key, wrapper: added.update({key: wrapper}))
+    model.clone = lambda: model
+    GGUFCollectImportance.execute(model, NAME)
+    layer = torch.nn.Linear(4, 4)
+    patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Sequential(layer)))
+
+    class Executor:
+        class_obj = SimpleNamespace(model_patcher=patcher)
+
+        def __call__(self, cancel: bool):
+            layer(torch.ones(2, 4))
+            if cancel:
+                raise mm.InterruptProcessingException
+
+    with pytest.raises(mm.InterruptProcessingException):
+        added[KEY](Executor(), True)
+    assert list(tmp_path.rglob("*.gguf")) == []
+    added[KEY](Executor(), False)
+    assert [path.name for path in tmp_path.rglob("*.gguf")] == [f"{NAME}.gguf"]
 
 
 def test_a_name_of_another_folder_is_refused(server, samples):

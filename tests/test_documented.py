@@ -195,3 +195,19 @@ def test_links_and_pictures_exist():
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).is_file(), f"{document.name}: {target}"
+
+
+def test_the_figures_of_quality_are_those_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["rows"]
+    measured = {row["type"]: row for row in measured if row["compute"] == "exact"}
+    lines = [line for line in section("Quality, measured").splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    shown = {first: others for first, *others in cells}
+    for name, row in measured.items():
+        assert shown[name] == [
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{100 * row['scores']['all']:.1f}%",
+            f"{row['points']:+.1f}",
+            f"{row['latent_error']:.4f}",
+            "same" if row["psnr"] is None else f"{row['psnr']:.1f}",
+        ]

@@ -1,6 +1,7 @@
 """The node GGUFRecommend in the real server, and its table in the page."""
 
 import pytest
+import torch
 from host import browser
 from host.workflows import node
 
@@ -13,6 +14,22 @@ def test_the_node_shows_its_table(server):
     assert head.startswith("Stable Diffusion 1.5 on ") and "4.0 GiB on the card" in head
     assert any(line.startswith("Q4_K_M ") for line in lines)
     assert lines[-1].startswith("Take ")
+
+
+def test_without_a_size_it_asks_for_the_whole_card(host, monkeypatch):
+    """What is free of it now is not what a file will find."""
+    from gguf_native.nodes import recommend
+    from gguf_native.quantizer.measure import Device
+
+    device, asked, freed = Device(torch.device("cuda", 0), "a card", 2 << 30, 8 << 30), [], []
+    monkeypatch.setattr(recommend, "find_device", lambda: device)
+    monkeypatch.setattr(recommend, "recommend", lambda model, vram: asked.append(vram))
+    monkeypatch.setattr(recommend, "lines", lambda advice: ["text"])
+    monkeypatch.setattr(recommend.comfy.model_management, "free_memory", lambda *of: freed.append(of))
+    recommend.GGUFRecommend.execute("flux", 0.0)
+    recommend.GGUFRecommend.execute("flux", 6.0)
+    assert asked == [8 << 30, 6 << 30]
+    assert freed == [(recommend.ROOM, device.device)] * 2
 
 
 def test_its_output_is_text_for_other_nodes(server):

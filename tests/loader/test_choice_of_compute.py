@@ -12,6 +12,7 @@ from gguf_native.config import settings
 from gguf_native.loader import diffusion_model, text_encoder
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.packed_layers import packed_layers
+from gguf_native.loader.residency import ATTACHMENT
 from gguf_native.loader.text_encoder import load_text_encoder
 from gguf_native.loader.vae import load_vae
 from gguf_native.ops import compute
@@ -47,6 +48,35 @@ def said(caplog):
 
 def diffusion(samples, **options):
     return load_diffusion_model(str(samples.gguf(*FLUX)), **options)
+
+
+def test_each_input_of_the_advanced_loader_arrives(samples, monkeypatch):
+    from gguf_native.nodes import folders
+    from gguf_native.nodes.load_diffusion_model import UnetLoaderGGUFAdvanced
+
+    monkeypatch.setattr(folders, "full_path", lambda kind, name: str(samples.gguf(*FLUX)))
+    for dequant, patch, on_device, compute_name in (
+        ("float32", "float16", True, "fp8"),
+        ("default", "bfloat16", False, "auto"),
+        ("target", "target", False, "exact"),
+    ):
+        (model,) = UnetLoaderGGUFAdvanced.execute("a file", dequant, patch, on_device, compute_name).args
+        packed = packed_layers(model.model).values()
+        assert {layer.decode_dtype for layer in packed} == {getattr(torch, dequant, None)}
+        attachment = model.get_attachment(ATTACHMENT)
+        assert attachment["patch_dtype"] == getattr(torch, patch, None)
+        assert attachment["patch_on_device"] is on_device
+        assert computes(model.model) == {compute_name}
+
+
+def test_each_input_of_a_clip_loader_arrives(samples, monkeypatch):
+    from gguf_native.nodes import folders
+    from gguf_native.nodes.load_text_encoder import CLIPLoaderGGUF
+
+    monkeypatch.setattr(folders, "full_path", lambda kind, name: str(samples.gguf("clip_l", "Q5_K")))
+    for compute_name in ("fp8", "exact"):
+        (clip,) = CLIPLoaderGGUF.execute("a file", "stable_diffusion", compute_name).args
+        assert computes(clip.patcher.model) == {compute_name}
 
 
 def linears(model: torch.nn.Module) -> dict[str, GGUFOps.Linear]:

@@ -287,6 +287,13 @@ def test_ram_is_pinned_once_for_several_activations():
     assert pinned == []
 
 
+@pytest.mark.parametrize(("free_bytes", "place"), [(2048, "meta"), (2047, "cpu")])
+def test_an_activation_stays_on_the_gpu_while_as_much_remains_free(free_bytes, place):
+    host = Host(None, None, lambda: free_bytes, lambda ram: False, None, None, None)
+    strips = StripDecoder(None, host, torch.empty(1, 4, 8, 8, device="meta"))
+    assert strips._room(8, 1, 4, 8).values.device.type == place
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_does_not_fit_the_gpu_lies_in_ram(dtype):

@@ -123,7 +123,8 @@ class Machine:
     def check(self, layer: Layer, weight, bias) -> None:
         assert torch.equal(weight._qdata, layer.weight._qdata)
         assert weight.shape == layer.weight.shape
-        assert bias is layer.bias or torch.equal(bias, layer.bias.bfloat16())
+        if layer.bias is not None:
+            assert bias.dtype == torch.bfloat16 and torch.equal(bias, layer.bias.bfloat16())
         # What computes has waited for the copy.
         copies = [event for copied, event in self.sent if copied is layer and event is not None]
         assert copies[-1] in self.compute.known
@@ -138,9 +139,12 @@ class Machine:
         def send_and_note(layer: Layer):
             # Copies go to the current one.
             assert torch.cuda.current_stream(CPU) is self.streamer.stream
+            before = self.compute.record_event()
             sent = send(layer)
             if sent is not None and sent.ready is not None:
                 self.sent.append((layer, sent.ready))
+                # Memory that a layer keeps may have been another's, which nobody tells of.
+                assert sent.place is not None or before in sent.ready.known
             return sent
 
         return send_and_note

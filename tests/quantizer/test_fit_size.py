@@ -121,11 +121,11 @@ def test_samples_are_every_so_many_rows_of_each_length(monkeypatch, values_per_r
     monkeypatch.setattr(FIT_SIZE, "VALUES_MEASURED", 6000)
     values = matrix(256, 96, 0)
     tensor = SourceTensor(torch.float32, (256, 96), lambda start, stop: values.flatten()[start:stop])
-    # K-quants store it in rows of 256, Q8_0 in its own.
+    # K-quants store it in rows of 256, which begin with its own rows every 768 values; Q8_0 in its own.
     planned = FIT_SIZE.options_of({"blocks.0.weight": tensor, "blocks.1.weight": tensor}, "some")["blocks.0.weight"]
     contents = iter([run.read() for run in FIT_SIZE.runs_of(planned)])
     found = FIT_SIZE.sample(planned, contents, "model")
-    assert found.keys() == {256, 96}
+    assert found.keys() == {768, 96}
     assert all(torch.equal(rows, values.view(-1, columns)[::5]) for columns, rows in found.items())
 
 

@@ -121,4 +121,4 @@ def test_a_split_file_counts_its_parts(tmp_path):
 
 def test_safetensors_say_what_to_do(samples, capsys):
     assert main(["inspect", str(samples.sample("tiny_flux"))]) == 2
-    assert "gguf_native quantize tiny_flux.safetensors" in capsys.readouterr().err
+    assert "with `quantize tiny_flux.safetensors tiny_flux-Q4_K_M.gguf" in capsys.readouterr().err

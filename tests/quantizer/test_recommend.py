@@ -54,9 +54,9 @@ def test_a_choice_by_hand():
 
 
 def test_without_a_card_all_is_in_main_memory():
-    choice = recommend.choose(TOY, "Q8_0", FIGURES._replace(bus=None), None)
+    choice = recommend.choose(TOY, "Q8_0", FIGURES, None)
     assert choice.resident_bytes == choice.ram_bytes == choice.file_bytes
-    assert choice.streamed_bytes == 0 and choice.stream_seconds is None
+    assert choice.streamed_bytes == choice.stream_seconds == 0
 
 
 def test_errors_add_up_by_their_squares():
@@ -112,6 +112,13 @@ def test_the_command_measures_this_machine(capsys):
     assert advice["recommended"] in by_type
     assert ("no GPU found" in advice["setting"]) is not find_device().is_gpu
     assert by_type["Q4_K_S"]["decode_seconds"] > 0
+    # A card of 1 GB holds none of it, and no GPU here says how fast the bus of that one is.
+    assert main(["recommend", "--model", "sdxl", "--vram", "1GB", "--ram", "64GB", "--json"]) == 0
+    advice = json.loads(capsys.readouterr().out)
+    assert all(choice["stream_seconds"] > 0 for choice in advice["choices"])
+    assert ("PCIe 3.0" in advice["setting"]) is not find_device().is_gpu
+    taken = next(choice for choice in advice["choices"] if choice["file_type"] == advice["recommended"])
+    assert taken["error"] <= recommend.GOOD_ERROR
     assert by_type["Q8_0"]["error"] == pytest.approx(0.005, rel=0.1)
 
 

@@ -11,6 +11,8 @@ from gguf_native.__main__ import main
 from gguf_native.loader import open_gguf
 from gguf_native.ops.formats import FORMATS
 from gguf_native.quantizer import checks
+from gguf_native.quantizer.compare import allowed_error
+from gguf_native.quantizer.measure import type_error
 from gguf_native.quantizer.verify import verify
 from host.environment import ROOT
 from safetensors.torch import load_file, save_file
@@ -170,3 +172,9 @@ def test_an_original_that_is_not_finite_is_too_much(samples, tmp_path, capsys):
     assert status(*words) == 1
     first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("img_in.weight"))
     assert "not finite" in first
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "Q4_K"])
+def test_more_than_five_times_the_error_of_a_type_is_a_problem(name):
+    """As docs/looking.md says."""
+    assert allowed_error(name) == pytest.approx(5 * type_error(name))
