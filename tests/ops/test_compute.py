@@ -222,6 +222,24 @@ def on_this_gpu() -> list[str]:
     return [method for method in pace.order if capability >= METHODS[method].since]
 
 
+@pytest.mark.parametrize(("times", "is_taken"), [(0.98, True), (1.02, False)])
+def test_auto_takes_what_adds_less_than_the_error_of_the_format(monkeypatch, times, is_taken):
+    error = times * FORMAT_ERROR["Q4_K"]
+
+    class Method(Chosen):
+        """In place of a product on a GPU: it errs by so much."""
+
+        def linear(self, x, weight, bias, workspace):
+            return (1 + error) * EXACT.linear(x, weight, bias, workspace).float()
+
+    monkeypatch.setattr(compute, "_is_nvidia", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compute, "_prepared", lambda name, weight: Method(None, None))
+    weight = packed("Q4_K", (16, 256), torch.device("cpu"))
+    chosen = choose("auto", weight, normal(8, 256).bfloat16(), Workspace())
+    assert isinstance(chosen, Method) is is_taken
+
+
 @pytest.mark.cuda
 def test_auto_takes_the_fastest_where_the_format_is_coarse():
     assert auto("Q4_K").method is METHODS[on_this_gpu()[0]]
