@@ -37,17 +37,16 @@ def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
     stop_streaming(model)
     # A patched bias is the host's affair.
     paged = {layer for layer in unpatched_slots(model) if pinned_file_of(layer)}
-    streamer = streamer_of(model)
+    streamer, streamers = streamer_of(model), {}
     if paged and device.type == "cuda":
         if streamer is None or streamer.device != device:
             streamer = Streamer(device, next(iter(paged)).workspace.weights_stream)
         # A table of words, of which one is larger than many a model, is wanted once: what does not fit is the host's.
         sizes = [layer.weight._qdata.nbytes for layer in paged if not isinstance(layer, GGUFOps.Embedding)]
         streamer.prepare(files_of(paged), max(sizes, default=0))
-        may = pin_files(streamer.files, device)
-    else:
-        may = False
-    set_streamer(model, dict.fromkeys(paged, streamer) if may else {})
+        if pin_files(streamer.files, device):
+            streamers = dict.fromkeys(paged, streamer)
+    set_streamer(model, streamers)
 
 
 def send_once(patcher) -> None:

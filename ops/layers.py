@@ -140,8 +140,8 @@ class PackedWeight:
         """As `borrow` where the model's streamer brings the weight, else None."""
         if self.streamer is None or not x.is_cuda or torch.compiler.is_compiling():
             return None
-        # A patched bias is the host's affair, and so is what it has sent ahead itself.
-        if getattr(self, "bias_lowvram_function", None) is not None or "_prefetch" in self.__dict__:
+        # A patched bias is the host's affair.
+        if getattr(self, "bias_lowvram_function", None) is not None:
             return None
         sent = self.streamer.borrow(self)
         return None if sent is None else (sent.weight, sent.bias, sent)

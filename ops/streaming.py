@@ -68,9 +68,9 @@ class Streamer:
         self._begin()
 
     def prepare(self, files: list[PinnedFile], largest: int) -> None:
-        """For a load: the files that its weights lie in, and the bytes of the largest of them."""
+        """For a load, after `reset`: the files that its weights lie in, and the bytes of the largest weight."""
         self.files, self.ring_bytes = files, max(LOOK_AHEAD, 2 * largest)
-        self.reset()
+        self._begin()
 
     def _begin(self) -> None:
         self.ring = Ring(self.ring_bytes)
@@ -109,7 +109,7 @@ class Streamer:
 
     def borrow(self, layer: torch.nn.Module) -> Sent | None:
         """A layer's weight, for the current stream's use; None if it cannot come this way. Give it back after use."""
-        if not self.works and not self.serves():
+        if not (self.works or self.serves()):
             return None
         self.compute = torch.cuda.current_stream(self.device.index)
         sent = self.sent.pop(layer, None)
@@ -213,7 +213,7 @@ class Streamer:
     def _send_into_ring(self, layer: torch.nn.Module, source: Source) -> Sent | None:
         if self.buffer is None and not self._make_buffer():
             return None
-        if layer.bias is not None and source.bias is None:
+        if source.start is None and layer.bias is not None:
             source.bias = self._send_bias(layer.bias)
         if layer is self.first:
             # So that each forward has the places of the last one, and what was prepared for an address serves again.

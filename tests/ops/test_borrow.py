@@ -66,29 +66,6 @@ def test_what_fails_before_the_product_gives_the_weight_back(fails, monkeypatch)
     assert len(given_back) == 1
 
 
-class OnGPU(torch.Tensor):
-    """One that says so: its values are in RAM."""
-
-    is_cuda = True
-
-
-@pytest.mark.parametrize("by_the_host", [True, False])
-def test_what_the_host_has_sent_ahead_comes_from_it(by_the_host, monkeypatch):
-    ours, asked = GGUFOps.Linear(256, 4, bias=False), []
-    ours.load_state_dict({"weight": packed_weight((4, 256), "Q8_0")})
-    ours._v_signature = None
-    if by_the_host:
-        ours._prefetch = {"resident": False, "signature": None}
-    sent = SimpleNamespace(weight=ours.weight, bias=None)
-    ours.streamer = SimpleNamespace(sent={}, borrow=lambda layer: asked.append("streamer") or sent)
-    of_host = ours.weight, None, None
-    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda *_, **__: asked.append("host") or of_host)
-    # Which is where x is, here.
-    monkeypatch.setattr(ours, "_borrow_here", lambda x: None)
-    ours.borrow(torch.ones(1, 256).as_subclass(OnGPU))
-    assert asked == ["host" if by_the_host else "streamer"]
-
-
 class Sendings(TorchDispatchMode):
     """Of each operation that made something on a device out of a tensor in RAM: (who asked for it, the tensor)."""
 

@@ -1,9 +1,7 @@
 """Weights out of pinned files: each is there, whole, when a layer uses it."""
 
 import logging
-import mmap
 import random
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +11,8 @@ pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed: the
 pytest.importorskip("comfy_aimdo", reason="comfy-aimdo is not installed: there is no DynamicVRAM")
 
 from gguf_native.ops import streaming
-from gguf_native.ops.layout import on_other_memory
-from gguf_native.ops.pinned_file import PinnedFile
 from gguf_native.ops.ring import ALIGNMENT
-from gguf_native.ops.streaming import Streamer, pinned_file_of
+from gguf_native.ops.streaming import pinned_file_of
 from streaming_machine import KB, Layer, layers_of, machine_maker
 
 
@@ -304,85 +300,6 @@ def test_any_forwards_with_memory_that_comes_and_goes(machine, seed):
             run.readers.clear()
     run.streamer.reset()
     assert all(layer._v.n_pins == 0 for layer in run.layers)
-
-
-@pytest.mark.cuda
-def test_on_a_gpu_each_weight_is_there_whole_while_it_is_read(tmp_path, monkeypatch):
-    """Real streams, events and pages, a GPU that is late by times that differ, a ring of some ten places."""
-    choose, device = random.Random(0), torch.device("cuda", 0)
-    monkeypatch.setattr(streaming, "LOOK_AHEAD", 1 << 20)
-    monkeypatch.setattr(streaming, "vbar_fault", lambda slot: None)
-    monkeypatch.setattr(streaming, "vbar_signature_compare", lambda one, other: False)
-    layers = layers_of(*(choose.randrange(100, 2000) for _ in range(40)))
-    path = tmp_path / "weights"
-    path.write_bytes(b"".join(layer.weight._qdata.numpy().tobytes() for layer in layers))
-    opened = path.open("rb")
-    file = PinnedFile(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), opened)
-    expected, start = [], 0
-    for layer in layers:
-        blocks = layer.weight._qdata
-        expected.append(blocks.clone())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            of_file = torch.frombuffer(file.mapping, dtype=torch.uint8, offset=start, count=blocks.nbytes)
-        layer.weight = on_other_memory(layer.weight, of_file.view(blocks.shape))
-        start += blocks.nbytes
-    file.pin(device)
-    streamer = Streamer(device, lambda: None)
-    streamer.prepare([file], max(layer.nbytes for layer in layers))
-    for layer in layers:
-        layer.streamer = streamer
-    for _ in range(10):
-        read = []
-        for layer in layers:
-            sent = streamer.borrow(layer)
-            torch.cuda._sleep(choose.choice((0, 1000, 200_000)))
-            read.append((sent.weight._qdata.clone(), sent.bias))
-            streamer.give_back(sent)
-        for layer, (blocks, bias), wanted in zip(layers, read, expected, strict=True):
-            assert torch.equal(blocks.cpu(), wanted)
-            assert bias is None or torch.equal(bias.cpu(), layer.bias.bfloat16())
-    assert streamer.sent and streamer.buffer.nbytes == 1 << 20
-    streamer.reset()
-    torch.cuda.synchronize()
-    file.unpin()
-
-
-@pytest.mark.cuda
-def test_on_a_gpu_the_processor_waits_for_no_bias(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "vbar_fault", lambda slot: None)
-    monkeypatch.setattr(streaming, "vbar_signature_compare", lambda one, other: False)
-    layers, path, device = layers_of(*[1000] * 8), tmp_path / "biases", torch.device("cuda", 0)
-    path.write_bytes(b"".join(layer.bias.numpy().tobytes() for layer in layers[1::2]))
-    opened = path.open("rb")
-    file = PinnedFile(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), opened)
-    for number, layer in enumerate(layers[1::2]):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            layer.bias = torch.frombuffer(file.mapping, dtype=torch.float32, offset=4000 * number, count=1000)
-        layer.bias._model_dtype = torch.bfloat16
-    for layer in layers:
-        layer.weight = on_other_memory(layer.weight, layer.weight._qdata.pin_memory())
-    file.pin(device)
-    streamer = Streamer(device, lambda: None)
-    streamer.prepare([file], max(layer.nbytes for layer in layers))
-    for layer in layers:
-        layer.streamer = streamer
-    # Loads what the first use loads.
-    for layer in layers:
-        streamer.give_back(streamer.borrow(layer))
-    streamer.reset()
-    torch.cuda.synchronize()
-    busy = torch.cuda.Event()
-    torch.cuda._sleep(1 << 30)
-    busy.record()
-    biases = [streamer.borrow(layer).bias for layer in layers]
-    assert not busy.query()
-    torch.cuda.synchronize()
-    for layer, bias in zip(layers, biases, strict=True):
-        assert bias is None or torch.equal(bias.cpu(), layer.bias.bfloat16())
-    streamer.reset()
-    file.unpin()
 
 
 def test_the_file_of_a_layer_is_noted_at_its_storage():
