@@ -1,7 +1,5 @@
 """The node GGUFCollectImportance in the real server: it watches a model that samples, and changes no picture."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from gguf_native.loader import open_gguf
@@ -46,31 +44,26 @@ def test_what_it_collects_serves_the_quantiser(server, samples, tmp_path):
     assert target.read_bytes() != blind.read_bytes()
 
 
-def test_a_cancelled_run_does_not_count(host, tmp_path, monkeypatch):
+def test_a_cancelled_run_does_not_count(host, samples, tmp_path, monkeypatch):
     import comfy.model_management as mm
     import folder_paths
-    from gguf_native.nodes.collect_importance import KEY, GGUFCollectImportance
+    from gguf_native.loader.diffusion_model import load_diffusion_model
+    from gguf_native.nodes.collect_importance import GGUFCollectImportance
+    from sampling import sample
 
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    added, model = {}, SimpleNamespace(add_wrapper_with_key=lambda kind, key, wrapper: added.update({key: wrapper}))
-    model.clone = lambda: model
-    GGUFCollectImportance.execute(model, NAME)
-    layer = torch.nn.Linear(4, 4)
-    patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Sequential(layer)))
-
-    class Executor:
-        class_obj = SimpleNamespace(model_patcher=patcher)
-
-        def __call__(self, cancel: bool):
-            layer(torch.ones(2, 4))
-            if cancel:
-                raise mm.InterruptProcessingException
-
-    with pytest.raises(mm.InterruptProcessingException):
-        added[KEY](Executor(), True)
-    assert list(tmp_path.rglob("*.gguf")) == []
-    added[KEY](Executor(), False)
-    assert [path.name for path in tmp_path.rglob("*.gguf")] == [f"{NAME}.gguf"]
+    with torch.inference_mode():
+        model = load_diffusion_model(str(samples.gguf("tiny_flux_256", "Q4_K")))
+        (watched,) = GGUFCollectImportance.execute(model, NAME).args
+        # Cancel is pressed when the first of two steps is nearly done.
+        last_layer = model.model.diffusion_model.final_layer
+        pressed = last_layer.register_forward_hook(lambda *_: mm.interrupt_current_processing(True))
+        with pytest.raises(mm.InterruptProcessingException):
+            sample(watched, "tiny_flux_256", 2)
+        pressed.remove()
+        assert list(tmp_path.rglob("*.*")) == []
+        sample(watched, "tiny_flux_256", 2)
+    assert [path.name for path in tmp_path.rglob("*.*")] == [f"{NAME}.gguf"]
 
 
 def test_a_name_of_another_folder_is_refused(server, samples):
