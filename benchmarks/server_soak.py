@@ -89,6 +89,8 @@ def graph(run: Run, seed: int) -> dict:
         seed=seed,
     )
     made["latent"]["inputs"]["batch_size"] = run.batch
+    # SaveImage compresses more, which takes longer than many a run's step.
+    made["save"] = node("PreviewImage", images=["image", 0])
     made["keep"] = node("SaveLatent", samples=["sampler", 0], filename_prefix="soak")
     if run.loras:
         inputs = {}
