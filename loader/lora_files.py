@@ -31,11 +31,15 @@ class Version(NamedTuple):
 
 
 class LoraFile(NamedTuple):
-    """What a file holds, in one buffer: pinning costs one call, and a replaced file on disk changes nothing here."""
+    """What a file holds, in one buffer: pinning costs one call, and a replaced file on disk changes nothing here.
 
-    tensors: dict  # by key, views of the buffer
+    One larger than the setting `preload_loras` is held as the host reads it, without a buffer, as its own node holds
+    its last one: the same tensors again are what another strength can leave on the GPU.
+    """
+
+    tensors: dict  # by key, views of the buffer if there is one
     metadata: dict | None
-    buffer: torch.Tensor  # uint8 [bytes]
+    buffer: torch.Tensor | None  # uint8 [bytes]
     is_pinned: bool
 
 
@@ -44,19 +48,22 @@ kept: OrderedDict[Version, LoraFile] = OrderedDict()
 
 
 def read_lora(path: str) -> tuple[dict[str, torch.Tensor], dict | None]:
-    """(tensors, metadata) of a LoRA file; from memory where the setting `preload_loras` has room for it.
+    """(tensors, metadata) of a LoRA file; pinned in memory where the setting `preload_loras` has room for it.
 
-    The same version gives the same tensors as long as it is kept. Raises LoraFileError for a broken file.
+    The same version gives the same tensors as long as it is kept: never where that setting is 0. Raises LoraFileError
+    for a broken file.
     """
     status = Path(path).stat()
     version = Version(path, status.st_mtime_ns, status.st_size)
     if version not in kept:
         tensors, metadata = _from_disk(path)
-        if not _make_room(version):
+        budget = settings().preload_loras << 20
+        if not budget:
             return tensors, metadata
-        kept[version] = _in_one_buffer(tensors, metadata)
-        where = "pinned memory" if kept[version].is_pinned else "memory"
-        log.info("GGUF Native: LoRA %s stays in %s (%.1f MB).", Path(path).name, where, status.st_size / 2**20)
+        for other in [other for other in kept if other.path == path]:
+            _let_go(other, "its file has changed")
+        keep = _pinned if version.n_bytes <= budget else _as_read
+        kept[version] = keep(version, tensors, metadata)
     kept.move_to_end(version)
     file = kept[version]
     # ComfyUI's conversion of some key styles changes the dict that it is given.
@@ -74,18 +81,25 @@ def _from_disk(path: str) -> tuple[dict, dict | None]:
         ) from error
 
 
-def _make_room(version: Version) -> bool:
-    """Let older versions of the file and what was least recently used go; False if the file alone is too large."""
-    budget = settings().preload_loras * 2**20
-    for other in [other for other in kept if other.path == version.path]:
-        _let_go(other, "its file has changed")
-    if version.n_bytes > budget:
-        if budget:
-            log_too_large(version.path)
-        return False
-    while sum(other.n_bytes for other in kept) + version.n_bytes > budget:
-        _let_go(next(iter(kept)), f"preload_loras is {settings().preload_loras} MB")
-    return True
+def _pinned(version: Version, tensors: dict, metadata: dict | None) -> LoraFile:
+    limit = settings().preload_loras
+    others = [other for other, file in kept.items() if file.buffer is not None]
+    while sum(other.n_bytes for other in others) + version.n_bytes > limit << 20:
+        _let_go(others.pop(0), f"preload_loras is {limit} MB")
+    file = _in_one_buffer(tensors, metadata)
+    where = "pinned memory" if file.is_pinned else "memory"
+    log.info("GGUF Native: LoRA %s stays in %s (%.1f MB).", Path(version.path).name, where, version.n_bytes / 2**20)
+    return file
+
+
+def _as_read(version: Version, tensors: dict, metadata: dict | None) -> LoraFile:
+    """One larger than what may be pinned: as many as the node has inputs for."""
+    limit = settings().max_loras
+    others = [other for other, file in kept.items() if file.buffer is None]
+    while len(others) >= limit:
+        _let_go(others.pop(0), f"max_loras is {limit}")
+    log_too_large(version.path)
+    return LoraFile(tensors, metadata, None, False)
 
 
 def _let_go(version: Version, reason: str) -> None:
@@ -98,7 +112,7 @@ def _let_go(version: Version, reason: str) -> None:
 @cache
 def log_too_large(path: str) -> None:
     log.info(
-        "GGUF Native: LoRA %s is larger than preload_loras (%d MB): every change of it reads the file.",
+        "GGUF Native: LoRA %s is larger than preload_loras (%d MB): it is not pinned, so changes of it are slower.",
         Path(path).name,
         settings().preload_loras,
     )

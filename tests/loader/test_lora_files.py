@@ -135,16 +135,35 @@ def test_a_file_that_has_changed_is_read_anew(tmp_path, budget, reads):
     assert old["a.lora_up.weight"][0] == 1
 
 
-def test_a_file_larger_than_the_budget_is_read_each_time_and_named_once(tmp_path, budget, reads, caplog):
+def test_files_larger_than_the_budget_are_held_as_the_host_reads_them(tmp_path, budget, reads, caplog, monkeypatch):
+    budget(1)
+    monkeypatch.setattr(comfy.model_management, "pin_memory", lambda buffer: pytest.fail("pinned"))
+    a, b, c = (write(tmp_path, f"{name}.safetensors", n_values=2**19) for name in "abc")
+    with caplog.at_level(logging.INFO, logger="gguf_native"):
+        first = read_lora(a)[0]
+        assert all(first[key] is tensor for key, tensor in read_lora(a)[0].items())
+        first.clear()
+        for path in (b, a, c):
+            assert read_lora(path)[0]["a.alpha"] == 4
+    # As many as the node has inputs for.
+    assert settings().max_loras == 2
+    assert [os.path.basename(version.path)[0] for version in lora_files.kept] == ["a", "c"]
+    assert reads == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    named = "GGUF Native: LoRA %s.safetensors is larger than preload_loras (1 MB): it is not pinned, so changes of it "
+    named += "are slower."
+    gone = "GGUF Native: LoRA b.safetensors leaves memory: max_loras is 2."
+    assert caplog.messages == [named % "a", named % "b", gone, named % "c"]
+
+
+def test_a_file_larger_than_the_budget_takes_nothing_of_it(tmp_path, budget, reads):
     budget(1)
     small, large = write(tmp_path, "small.safetensors"), write(tmp_path, "large.safetensors", n_values=2**19)
-    with caplog.at_level(logging.INFO, logger="gguf_native"):
-        for path in (small, large, large, small):
-            assert read_lora(path)[0]["a.alpha"] == 4
-    assert reads == ["small.safetensors", "large.safetensors", "large.safetensors"]
-    assert [message for message in caplog.messages if "large" in message] == [
-        "GGUF Native: LoRA large.safetensors is larger than preload_loras (1 MB): every change of it reads the file."
-    ]
+    for path in (large, small, large, small):
+        read_lora(path)
+    assert reads == ["large.safetensors", "small.safetensors"]
+    # What makes room for another small one is the small one.
+    read_lora(write(tmp_path, "other.safetensors"))
+    assert [os.path.basename(version.path) for version in lora_files.kept] == ["large.safetensors", "other.safetensors"]
 
 
 def test_nothing_is_kept_where_the_setting_is_zero(tmp_path, budget, reads, caplog):
