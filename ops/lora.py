@@ -1,7 +1,7 @@
 """LoRA beside a packed weight: y = x (Wq + B A)^T, where the blocks of Wq are never merged or quantised again."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.lora
@@ -29,16 +29,28 @@ class SidePath:
             id(p) for p in patches
         ]
 
-    def has_same_down(self, patches: list, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether these patches differ from its own in strength alone, so that its `down` is theirs too."""
-        if self.low_rank is None or (self.device, self.dtype) != (device, dtype):
-            return False
-        return _sources_of_down(self.patches) == _sources_of_down(patches)
+    def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[dict[tuple, torch.Tensor], ...]:
+        """The LoRAs' rows of `down` and columns of `up`, by what they were made of, for this device and dtype."""
+        downs, ups, start = {}, {}, 0
+        if self.low_rank is not None and (self.device, self.dtype) == (device, dtype):
+            for patch in self.patches:
+                end = start + patch[1].weights[1].shape[0]
+                downs[_source_of_down(patch)] = self.low_rank.down[start:end]
+                ups[_source_of_up(patch)] = self.low_rank.up[:, start:end]
+                start = end
+        return downs, ups
 
 
-def _sources_of_down(patches: Iterable[tuple]) -> list[tuple]:
-    # By identity: the tensors of one reading of one file, which both keep alive.
-    return [(id(adapter.weights[1]), offset) for _, adapter, _, offset, _ in patches]
+# By identity: the tensors of one reading of one file, which a side path keeps alive.
+def _source_of_down(patch: tuple) -> tuple:
+    _, adapter, _, offset, _ = patch
+    return id(adapter.weights[1]), offset
+
+
+def _source_of_up(patch: tuple) -> tuple:
+    strength, adapter, _, offset, _ = patch
+    up, _, alpha, *_ = adapter.weights
+    return id(up), strength, alpha, offset
 
 
 def side_path(
@@ -55,14 +67,15 @@ def side_path(
     Plain LoRAs become factors on the device. If any adapter has no low-rank form (LoHa, LoKr, GLoRA, DoRA, OFT, BOFT,
     diff, set) all of them go through the host's own `calculate_weight` on the decoded weight; `patch_on_device` keeps
     their tensors on the device, otherwise the host sends them for every use. before: the layer's last side path; what
-    another strength leaves as it was is taken over from it.
+    another strength or another LoRA leaves as it was is taken over from it.
     """
     if all(_is_plain(patch, shape) for patch in patches):
-        if before is not None and before.has_same_down(patches, device, dtype):
+        downs, ups = before.parts(device, dtype) if before is not None else ({}, {})
+        if list(downs) == [_source_of_down(patch) for patch in patches]:
             down = before.low_rank.down
         else:
-            down = torch.cat([_down(patch, shape, device, dtype) for patch in patches])
-        up = torch.cat([_up(patch, shape, device, dtype) for patch in patches], dim=1)
+            down = torch.cat([_down(patch, shape, device, dtype, downs) for patch in patches])
+        up = torch.cat([_up(patch, shape, device, dtype, ups) for patch in patches], dim=1)
         return SidePath(tuple(patches), device, dtype, LowRank(down, up), None)
     used = [(p[0], _moved(p[1], device), *p[2:]) for p in patches] if patch_on_device else patches
 
@@ -96,15 +109,23 @@ def _is_plain(patch: tuple, shape: tuple[int, ...]) -> bool:
     return [out, into] == changed and rank == rank_of_down
 
 
-def _down(patch: tuple, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _down(
+    patch: tuple, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, known: dict[tuple, torch.Tensor]
+) -> torch.Tensor:
     """[rank, in] on the device; no strength is in it."""
+    if (source := _source_of_down(patch)) in known:
+        return known[source]
     _, adapter, _, offset, _ = patch
     down = _sent(adapter.weights[1], device).flatten(1).to(dtype)
     return F.pad(down, _zeros_around(offset, shape)) if offset is not None and offset[0] == 1 else down
 
 
-def _up(patch: tuple, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _up(
+    patch: tuple, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, known: dict[tuple, torch.Tensor]
+) -> torch.Tensor:
     """[out, rank] on the device, times strength and alpha / rank."""
+    if (source := _source_of_up(patch)) in known:
+        return known[source]
     strength, adapter, _, offset, _ = patch
     up, down, alpha, *_ = adapter.weights
     scale = strength * (1.0 if alpha is None else alpha / down.shape[0])

@@ -122,6 +122,40 @@ def test_another_strength_keeps_down():
         assert torch.equal(one, other)
 
 
+@pytest.fixture
+def sent(monkeypatch) -> list[torch.Tensor]:
+    """What goes to the device, as it does."""
+    done, cast = [], comfy.model_management.cast_to_device
+    monkeypatch.setattr(
+        comfy.model_management, "cast_to_device", lambda tensor, *args: done.append(tensor) or cast(tensor, *args)
+    )
+    return done
+
+
+def test_what_a_change_of_one_lora_leaves_is_not_sent_again(sent):
+    first, second, third = lora(alpha=2.0), lora(rank=8), lora(out=8, rank=2)
+    rows = 0, 4, 8
+    before = side_path([patch(first), patch(second), patch(third, offset=rows)], KEY, SHAPE, CPU, torch.float32)
+    cases = [
+        # Another strength of one: its `up`.
+        ([patch(first), patch(second, 0.5), patch(third, offset=rows)], [second.weights[0]]),
+        # One is gone, the others change places.
+        ([patch(third, offset=rows), patch(first)], []),
+        # The same factors for other rows, or with another alpha.
+        ([patch(third, offset=(0, 0, 8))], [third.weights[1], third.weights[0]]),
+        ([patch(LoRAAdapter(set(), (*first.weights[:2], 3.0, *first.weights[3:])))], [first.weights[0]]),
+        # One is new, and one is there twice.
+        ([patch(first), patch(new := lora()), patch(first)], [new.weights[1], new.weights[0]]),
+    ]
+    for patches, expected in cases:
+        sent.clear()
+        changed = side_path(patches, KEY, SHAPE, CPU, torch.float32, before=before)
+        assert [id(tensor) for tensor in sent] == [id(tensor) for tensor in expected]
+        anew = side_path(patches, KEY, SHAPE, CPU, torch.float32)
+        for one, other in zip(changed.low_rank, anew.low_rank, strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     "patches",
     [
