@@ -81,6 +81,14 @@ def _from_disk(path: str) -> tuple[dict, dict | None]:
         ) from error
 
 
+def preload_lora(path: str) -> None:
+    """Read a LoRA file into memory if the setting `preload_loras` has room for it; LoraFileError if it is broken."""
+    if Path(path).stat().st_size <= settings().preload_loras << 20:
+        read_lora(path)
+    else:
+        log_too_large(path)
+
+
 def _pinned(version: Version, tensors: dict, metadata: dict | None) -> LoraFile:
     limit = settings().preload_loras
     others = [other for other, file in kept.items() if file.buffer is not None]
@@ -94,10 +102,9 @@ def _pinned(version: Version, tensors: dict, metadata: dict | None) -> LoraFile:
 
 def _as_read(version: Version, tensors: dict, metadata: dict | None) -> LoraFile:
     """One larger than what may be pinned: as many as the node has inputs for."""
-    limit = settings().max_loras
     others = [other for other, file in kept.items() if file.buffer is None]
-    while len(others) >= limit:
-        _let_go(others.pop(0), f"max_loras is {limit}")
+    if len(others) >= settings().max_loras:
+        del kept[others[0]]
     log_too_large(version.path)
     return LoraFile(tensors, metadata, None, False)
 
@@ -112,7 +119,7 @@ def _let_go(version: Version, reason: str) -> None:
 @cache
 def log_too_large(path: str) -> None:
     log.info(
-        "GGUF Native: LoRA %s is larger than preload_loras (%d MB): it is not pinned, so changes of it are slower.",
+        "GGUF Native: LoRA %s is larger than preload_loras (%d MB), so it comes from its file, which is slower.",
         Path(path).name,
         settings().preload_loras,
     )

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from ..config import settings
 from ..loader.lora import apply_lora
-from ..loader.lora_files import read_lora
+from ..loader.lora_files import preload_lora
 from .folders import files
 
 NONE = "none"
@@ -49,7 +49,7 @@ class LoraLoaderGGUF(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip=None, preload=(), **widgets) -> io.NodeOutput:
         for name in preload:
-            read_lora(folder_paths.get_full_path_or_raise("loras", name))
+            preload_lora(folder_paths.get_full_path_or_raise("loras", name))
         for number in sorted(int(widget.removeprefix("lora_")) for widget in widgets if widget.startswith("lora_")):
             name = widgets[f"lora_{number}"]
             strength_model = widgets.get(f"strength_model_{number}", 1.0)

@@ -71,7 +71,8 @@ def side_path(
     """
     if all(_is_plain(patch, shape) for patch in patches):
         downs, ups = before.parts(device, dtype) if before is not None else ({}, {})
-        if list(downs) == [_source_of_down(patch) for patch in patches]:
+        # Not of `downs`: the same LoRA twice is there once.
+        if downs and [*map(_source_of_down, before.patches)] == [*map(_source_of_down, patches)]:
             down = before.low_rank.down
         else:
             down = torch.cat([_down(patch, shape, device, dtype, downs) for patch in patches])

@@ -17,8 +17,12 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def lora(out: int = 24, into: int = 16, rank: int = 4, alpha: float | None = None, mid=None, dora=None, reshape=None):
-    return LoRAAdapter(set(), (noise(out, rank, seed=1), noise(rank, into, seed=2), alpha, mid, dora, reshape))
+def lora(
+    out: int = 24, into: int = 16, rank: int = 4, alpha: float | None = None, mid=None, dora=None, reshape=None, seed=1
+):
+    return LoRAAdapter(
+        set(), (noise(out, rank, seed=seed), noise(rank, into, seed=seed + 1), alpha, mid, dora, reshape)
+    )
 
 
 def patch(adapter, strength: float = 1.0, strength_model: float = 1.0, offset=None, function=None) -> tuple:
@@ -135,7 +139,7 @@ def sent(monkeypatch) -> list[torch.Tensor]:
 def test_what_a_change_of_one_lora_leaves_is_not_sent_again(sent):
     first, second, third = lora(alpha=2.0), lora(rank=8), lora(out=8, rank=2)
     rows = 0, 4, 8
-    before = side_path([patch(first), patch(second), patch(third, offset=rows)], KEY, SHAPE, CPU, torch.float32)
+    before = [patch(first), patch(second), patch(third, offset=rows)]
     cases = [
         # Another strength of one: its `up`.
         ([patch(first), patch(second, 0.5), patch(third, offset=rows)], [second.weights[0]]),
@@ -145,11 +149,15 @@ def test_what_a_change_of_one_lora_leaves_is_not_sent_again(sent):
         ([patch(third, offset=(0, 0, 8))], [third.weights[1], third.weights[0]]),
         ([patch(LoRAAdapter(set(), (*first.weights[:2], 3.0, *first.weights[3:])))], [first.weights[0]]),
         # One is new, and one is there twice.
-        ([patch(first), patch(new := lora()), patch(first)], [new.weights[1], new.weights[0]]),
+        ([patch(first), patch(new := lora(seed=9)), patch(first)], [new.weights[1], new.weights[0]]),
     ]
-    for patches, expected in cases:
+    cases = [(before, *case) for case in cases]
+    # The same file twice, and once no more.
+    cases.append(([patch(first), patch(second), patch(first, 0.5)], [patch(first), patch(second)], []))
+    for patches_before, patches, expected in cases:
+        path = side_path(patches_before, KEY, SHAPE, CPU, torch.float32)
         sent.clear()
-        changed = side_path(patches, KEY, SHAPE, CPU, torch.float32, before=before)
+        changed = side_path(patches, KEY, SHAPE, CPU, torch.float32, before=path)
         assert [id(tensor) for tensor in sent] == [id(tensor) for tensor in expected]
         anew = side_path(patches, KEY, SHAPE, CPU, torch.float32)
         for one, other in zip(changed.low_rank, anew.low_rank, strict=True):
