@@ -71,11 +71,7 @@ def side_path(
     """
     if all(_is_plain(patch, shape) for patch in patches):
         downs, ups = before.parts(device, dtype) if before is not None else ({}, {})
-        # Not of `downs`: the same LoRA twice is there once.
-        if downs and [*map(_source_of_down, before.patches)] == [*map(_source_of_down, patches)]:
-            down = before.low_rank.down
-        else:
-            down = torch.cat([_down(patch, shape, device, dtype, downs) for patch in patches])
+        down = torch.cat([_down(patch, shape, device, dtype, downs) for patch in patches])
         up = torch.cat([_up(patch, shape, device, dtype, ups) for patch in patches], dim=1)
         return SidePath(tuple(patches), device, dtype, LowRank(down, up), None)
     used = [(p[0], _moved(p[1], device), *p[2:]) for p in patches] if patch_on_device else patches

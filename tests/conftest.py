@@ -136,6 +136,19 @@ def smollm2() -> Path:
 
 
 @pytest.fixture
+def sent(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What the host's function sends to a device, as it does."""
+    done, cast = [], host.model_management.cast_to_device
+
+    def noted(tensor, *args, **kwargs):
+        done.append(tensor)
+        return cast(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(host.model_management, "cast_to_device", noted)
+    return done
+
+
+@pytest.fixture
 def lora_folder(host: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the host finds LoRAs, and nowhere else."""
     import folder_paths

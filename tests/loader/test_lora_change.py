@@ -150,25 +150,35 @@ def test_under_dynamic_vram_the_slots_of_packed_weights_stay_filled(base):
         del layer._v, layer._v_signature
 
 
+def parts_sent(sent: list[torch.Tensor], lora: dict) -> set[str]:
+    names = [key for key, tensor in lora.items() if any(tensor is other for other in sent)]
+    return {"up" if "lora_up" in name else "down" for name in names}
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_another_strength_changes_one_of_the_two_factors(samples, request, dynamic):
+def test_what_a_change_leaves_is_not_sent_again(samples, request, dynamic, sent):
     if dynamic:
         request.getfixturevalue("dynamic_vram_on_cpu")
     base = load_diffusion_model(str(samples.gguf(FLUX, "Q4_K")))
     lora, other = lora_file(), lora_file(seed=100)
-    with_lora(base, lora).partially_load(CPU)
-    down, up = factors(base.model, "single_blocks.1.linear1")
-    with_lora(base, lora, 0.5).partially_load(CPU)
-    weaker = factors(base.model, "single_blocks.1.linear1")
-    assert weaker.down is down
-    assert torch.equal(weaker.up, up * 0.5)
-    with_lora(base, other).partially_load(CPU)
-    assert not torch.equal(factors(base.model, "single_blocks.1.linear1").down, down)
-    both = with_lora(with_lora(base, lora, 0.5), other, -1.0)
-    both.partially_load(CPU)
-    joined = factors(base.model, "single_blocks.1.linear1")
-    with_lora(with_lora(base, lora, 2.0), other, 0.25).partially_load(CPU)
-    assert factors(base.model, "single_blocks.1.linear1").down is joined.down
+    weaker = with_lora(base, lora, 0.5)
+    both, lora_stronger = with_lora(weaker, other, -1.0), with_lora(with_lora(base, lora, 2.0), other, -1.0)
+    # Which factors of `lora` and of `other` each change sends.
+    for model, of_lora, of_other in (
+        (with_lora(base, lora), {"up", "down"}, set()),
+        (weaker, {"up"}, set()),
+        (both, set(), {"up", "down"}),
+        (lora_stronger, {"up"}, set()),
+        (with_lora(base, other, -1.0), set(), set()),
+        (with_lora(base, other), set(), {"up"}),
+    ):
+        sent.clear()
+        model.partially_load(CPU)
+        assert [parts_sent(sent, file) for file in (lora, other)] == [of_lora, of_other]
+    for layer in LAYERS:
+        down, up = factors(base.model, layer)
+        assert torch.equal(down, other[f"diffusion_model.{layer}.lora_down.weight"])
+        assert torch.equal(up, 0.5 * other[f"diffusion_model.{layer}.lora_up.weight"])
     base.partially_load(CPU)
     assert not any(layer.side_path for layer in packed_layers(base.model).values())
 

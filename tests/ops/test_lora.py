@@ -115,27 +115,6 @@ def test_known_by_its_patches_and_device():
     assert not path.is_of(patches, CPU, torch.float32)
 
 
-def test_another_strength_keeps_down():
-    adapters = lora(alpha=2.0), lora(rank=8)
-    before = side_path([patch(adapter) for adapter in adapters], KEY, SHAPE, CPU, torch.float32)
-    patches = [patch(adapter, strength) for adapter, strength in zip(adapters, (0.5, -3.0), strict=True)]
-    changed = side_path(patches, KEY, SHAPE, CPU, torch.float32, before=before)
-    anew = side_path(patches, KEY, SHAPE, CPU, torch.float32)
-    assert changed.low_rank.down is before.low_rank.down
-    for one, other in zip(changed.low_rank, anew.low_rank, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.fixture
-def sent(monkeypatch) -> list[torch.Tensor]:
-    """What goes to the device, as it does."""
-    done, cast = [], comfy.model_management.cast_to_device
-    monkeypatch.setattr(
-        comfy.model_management, "cast_to_device", lambda tensor, *args: done.append(tensor) or cast(tensor, *args)
-    )
-    return done
-
-
 def test_what_a_change_of_one_lora_leaves_is_not_sent_again(sent):
     first, second, third = lora(alpha=2.0), lora(rank=8), lora(out=8, rank=2)
     rows = 0, 4, 8

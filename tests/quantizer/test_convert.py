@@ -3,11 +3,6 @@
 import importlib
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -20,11 +15,10 @@ from gguf_native.quantizer import convert
 from gguf_native.quantizer.errors import NotFiniteError, RecipeError, SourceError, TargetError
 from gguf_native.quantizer.fit_size import Bits
 from gguf_native.quantizer.gguf_source import value_types
-from gguf_native.quantizer.importance import StoredSums
+from gguf_native.quantizer.importance import StoredSums, write_importance
 from gguf_native.quantizer.recipes import FILE_TYPES
 from gguf_native.quantizer.writer import shard_names, write_gguf
-from host.environment import ROOT
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 # The module: the package has the function under its name.
 CONVERT = importlib.import_module("gguf_native.quantizer.convert")
@@ -64,15 +58,6 @@ def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
 def flux(**more: torch.Tensor) -> dict[str, torch.Tensor]:
     """The least that is known as Flux."""
     return {"double_blocks.0.img_attn.proj.weight": matrix(256, 512)} | more
-
-
-@pytest.fixture
-def save(tmp_path):
-    def save(tensors, name="model.safetensors", metadata=None):
-        save_file(dict(tensors), tmp_path / name, metadata)
-        return tmp_path / name
-
-    return save
 
 
 def read_all(path) -> dict[str, tuple[str, torch.Tensor]]:
@@ -412,103 +397,21 @@ def test_parameters_that_want_gradients_are_converted(tmp_path):
     assert_near_the_source(tmp_path / "out.gguf", flux())
 
 
-# What a process takes besides twice its largest tensor: torch alone takes 220 MB.
-ALLOWANCE = 500_000_000
-CONVERT_AND_SAY_PEAK = """
-import re, sys
-from gguf_native.quantizer import convert
-convert(sys.argv[1], "out.gguf", "F16", architecture="some")
-print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-"""
-LARGE = 128 << 20
-LARGE_NAME = "blocks.0.weight"
-
-
-class LargeTensor(NamedTuple):
-    """A tensor of zeros in a GGUF file."""
-
-    type: str
-    shape: tuple[int, int]
-    nbytes: int
-    name: str = LARGE_NAME
-
-
-def save_large(path: Path, kind: str) -> None:
-    """A file with one tensor of LARGE bytes of a kind: a dtype, scaled fp8, a format of ComfyUI, a GGML type."""
-    columns = 8192
-    rows = LARGE // columns
-    if kind in FORMATS:
-        row_bytes = columns // FORMATS[kind].block_size * FORMATS[kind].block_bytes
-        tensor = LargeTensor(kind, (LARGE // row_bytes, columns), LARGE // row_bytes * row_bytes)
-        zeros = torch.zeros(row_bytes, dtype=torch.uint8)
-        write_gguf([path], {}, [[tensor]], lambda tensor: (zeros for _ in range(tensor.shape[0])))
-        return
-    configuration = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
-    tensors = {
-        "bfloat16": {"weight": torch.ones(rows, columns // 2, dtype=torch.bfloat16)},
-        "float8": {"weight": torch.zeros(rows, columns).to(torch.float8_e4m3fn), "weight_scale": torch.ones(rows, 1)},
-        "nvfp4": {
-            "weight": torch.zeros(rows, columns, dtype=torch.uint8),
-            "weight_scale": torch.zeros(rows, columns // 8, dtype=torch.uint8),
-            "weight_scale_2": torch.ones(()),
-            "comfy_quant": configuration,
-        },
-    }
-    save_file({f"{LARGE_NAME.removesuffix('weight')}{end}": tensor for end, tensor in tensors[kind].items()}, path)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc/self/status")
-@pytest.mark.parametrize("kind", ["bfloat16", "float8", "nvfp4", "Q8_0", "Q4_K"])
-def test_memory_is_two_of_a_large_tensor_as_stored_and_a_constant(tmp_path, kind):
-    if kind == "nvfp4":
-        pytest.importorskip("comfy_kitchen", reason="comfy-kitchen, which comes with ComfyUI, is not here")
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "gguf_native").symlink_to(ROOT, target_is_directory=True)
-    source = tmp_path / ("model.gguf" if kind in FORMATS else "model.safetensors")
-    save_large(source, kind)
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERT_AND_SAY_PEAK, source],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-    )
-    # A gigabyte that pytest would keep.
-    source.unlink()
-    (tmp_path / "out.gguf").unlink(missing_ok=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) * 1024 <= 2 * LARGE + ALLOWANCE
-
-
-def test_importance_lowers_the_weighted_error(save, tmp_path):
-    from gguf_native.quantizer.importance import write_importance
-
-    name = "double_blocks.0.img_attn.proj.weight"
-    importance = torch.rand(512, generator=torch.Generator().manual_seed(1)) ** 4
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    # Rows of 320 are stored in rows of 256, which begin at another column each time.
+    [((256, 512), "Q3_K_S"), ((640, 320), "Q3_K_S"), ((640, 320), Bits(5))],
+    ids=["whole blocks", "no whole blocks", "no whole blocks, to a size"],
+)
+def test_importance_lowers_the_weighted_error(save, tmp_path, shape, size):
+    name, values = "double_blocks.0.img_attn.proj.weight", matrix(*shape)
+    importance = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)) ** 4
     write_importance(tmp_path / "importance.gguf", {name: importance * 10}, {name: 10}, "a test")
-    path = save(flux())
+    path = save({name: values})
     errors = []
     for given in (None, tmp_path / "importance.gguf"):
-        convert(path, tmp_path / "out.gguf", "Q3_K_S", importance=given, force=True)
-        difference = read_all(tmp_path / "out.gguf")[name][1] - flux()[name]
-        errors.append(float((difference.square() * importance).sum()))
-    assert errors[1] < 0.95 * errors[0]
-
-
-@pytest.mark.parametrize("size", [None, Bits(5)], ids=["file type", "size"])
-def test_importance_counts_where_rows_are_no_whole_blocks(save, tmp_path, size):
-    """Such a matrix is stored in rows of 256, which begin at another column each time."""
-    from gguf_native.quantizer.importance import write_importance
-
-    name = "double_blocks.0.img_attn.proj.weight"
-    values = torch.randn(640, 320, generator=torch.Generator().manual_seed(0))
-    importance = torch.rand(320, generator=torch.Generator().manual_seed(1)) ** 4
-    write_importance(tmp_path / "importance.gguf", {name: importance * 10}, {name: 10}, "a test")
-    path = save(flux() | {name: values})
-    errors = []
-    for given in (None, tmp_path / "importance.gguf"):
-        convert(path, tmp_path / "out.gguf", size or "Q3_K_S", importance=given, force=True)
-        difference = read_all(tmp_path / "out.gguf")[name][1].view(640, 320) - values
+        convert(path, tmp_path / "out.gguf", size, importance=given, force=True)
+        difference = read_all(tmp_path / "out.gguf")[name][1].view(shape) - values
         errors.append(float((difference.square() * importance).sum()))
     assert errors[1] < 0.95 * errors[0]
 
