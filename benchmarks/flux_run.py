@@ -17,10 +17,10 @@ import resource
 import statistics
 import sys
 import time
-from functools import cache
+from pathlib import Path
 
 from ballast import hold_all_but
-from random_lora import is_changed, random_lora
+from random_lora import is_changed, lora_file
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -77,6 +77,7 @@ import comfy.sd  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.model import Decoder  # noqa: E402
 from gguf_native.loader import open_gguf  # noqa: E402
 from gguf_native.loader.diffusion_model import load_diffusion_model  # noqa: E402
+from gguf_native.loader.lora import apply_lora  # noqa: E402
 from gguf_native.ops import dequantize  # noqa: E402
 from gguf_native.ops.dequantize import has_kernel  # noqa: E402
 from gguf_native.ops.formats import FORMATS  # noqa: E402
@@ -88,21 +89,17 @@ SDXL_TEXT = 77, 2048, 1280
 has_kernel(FORMATS["Q8_0"], mm.get_torch_device())
 
 
-@cache
-def lora(number: int, rank: int, shapes: tuple[tuple[str, tuple[int, int]], ...]) -> dict[str, torch.Tensor]:
-    return random_lora(number, rank, dict(shapes))
-
-
 def loras(model, count: int, rank: int, strength: float = 1.0, first: int = 0):
-    """`count` random LoRAs; others for another number of the first."""
-    shapes = tuple(
-        (name, (module.out_features, module.in_features))
+    """`count` random LoRAs, from files beside the model's as the pack's node takes them; others for another `first`."""
+    shapes = {
+        name: (module.out_features, module.in_features)
         for name, module in model.model.diffusion_model.named_modules()
         if is_changed(name) and hasattr(module, "in_features")
-    )
+    }
+    file = Path(options.file)
     for number in range(first, first + count):
-        # The host takes away what it has read.
-        model, _ = comfy.sd.load_lora_for_models(model, None, dict(lora(number, rank, shapes)), strength, 0.0)
+        path = lora_file(file.with_name(f"{file.stem}-lora-{rank}-{number}.safetensors"), number, rank, shapes)
+        model, _ = apply_lora(model, None, str(path), strength, 0.0)
     return model
 
 

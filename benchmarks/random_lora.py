@@ -1,6 +1,9 @@
 """Random LoRAs for all attention and MLP matrices of a Flux's blocks."""
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 
 PARTS = "attn.qkv", "attn.proj", "mlp", "linear1", "linear2"
 
@@ -18,3 +21,13 @@ def random_lora(seed: int, rank: int, shapes: dict[str, tuple[int, int]]) -> dic
                 torch.randn(shape, generator=generator).bfloat16() * 0.01
             )
     return tensors
+
+
+def lora_file(path: Path, seed: int, rank: int, shapes: dict[str, tuple[int, int]]) -> Path:
+    """`path`, with such a LoRA in it from the first time on."""
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        save_file(random_lora(seed, rank, shapes), unfinished)
+        unfinished.replace(path)
+    return path

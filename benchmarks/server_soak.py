@@ -25,8 +25,7 @@ from typing import NamedTuple
 import torch
 from ballast import hold_all_but
 from gguf_native.loader import open_gguf
-from random_lora import is_changed, random_lora
-from safetensors.torch import save_file
+from random_lora import is_changed, lora_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests"))
@@ -71,12 +70,10 @@ def drawn(files: list[str], sizes: list[int], count: int) -> list[Run]:
     return found
 
 
-def make_lora(model: Path, file: Path, seed: int) -> None:
+def changed_layers(model: Path) -> dict[str, tuple[int, int]]:
     with open_gguf(model) as opened:
         shapes = {name.removesuffix(".weight"): info.shape for name, info in opened.tensors.items()}
-    changed = {layer: shape for layer, shape in shapes.items() if is_changed(layer) and len(shape) == 2}
-    file.parent.mkdir(exist_ok=True)
-    save_file(random_lora(seed, RANK, changed), file)
+    return {layer: shape for layer, shape in shapes.items() if is_changed(layer) and len(shape) == 2}
 
 
 def graph(run: Run, seed: int) -> dict:
@@ -161,10 +158,9 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     folder = options.folder.resolve()
     files = sorted(path.name for path in (folder / "diffusion_models").glob("flux-*.gguf"))
+    shapes = changed_layers(folder / "diffusion_models" / files[0])
     for number in (1, 2):
-        file = folder / "loras" / f"soak-{number}.safetensors"
-        if not file.is_file():
-            make_lora(folder / "diffusion_models" / files[0], file, number)
+        lora_file(folder / "loras" / f"soak-{number}.safetensors", number, RANK, shapes)
     name = f"{options.cap or 'all'}, {os.environ.get('GGUF_NATIVE_MEMORY_MODE', 'balanced')}"
     usual = folder / "server_soak-all, balanced.json"
     known = json.loads(usual.read_text()) if usual.is_file() and options.cap else {}
