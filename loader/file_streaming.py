@@ -1,19 +1,19 @@
-"""Under DynamicVRAM: weights straight from the pinned file, within the RAM that the host allows itself to pin."""
+"""Under DynamicVRAM: weights straight from the pinned file."""
 
 import logging
 from collections.abc import Iterable
 from functools import cache
 
-import comfy.cli_args
-import comfy.model_management as mm
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..ops.layers import GGUFOps, PackedWeight
-from ..ops.pinned_file import SYSTEM_CAN, PinnedFile
-from ..ops.streaming import Streamer, log_unpinned, pinned_file_of
+from ..ops.pinned_part import PinnedPart, part_of
+from ..ops.streaming import Streamer, pinned_part_of
 from .graphs import options_of
+from .lora_files import parts_of_loras
 from .packed_layers import packed_layers, unpatched_slots
+from .pinning import pin_parts
 from .residency import ATTACHMENT
 
 log = logging.getLogger("gguf_native")
@@ -36,15 +36,15 @@ def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
     """Have the layers that DynamicVRAM pages in take their weights from the pinned file, if there is RAM for that."""
     stop_streaming(model)
     # A patched bias is the host's affair.
-    paged = {layer for layer in unpatched_slots(model) if pinned_file_of(layer)}
+    paged = [layer for layer in unpatched_slots(model) if pinned_part_of(layer)]
     streamer, streamers = streamer_of(model), {}
     if paged and device.type == "cuda":
         if streamer is None or streamer.device != device:
             streamer = Streamer(device, next(iter(paged)).workspace.weights_stream)
         # A table of words, of which one is larger than many a model, is wanted once: what does not fit is the host's.
         sizes = [layer.weight._qdata.nbytes for layer in paged if not isinstance(layer, GGUFOps.Embedding)]
-        streamer.prepare(files_of(paged), max(sizes, default=0))
-        if pin_files(streamer.files, device):
+        streamer.prepare(parts_of(paged), max(sizes, default=0))
+        if pin_parts(streamer.parts, device, spare=parts_of_loras()):
             streamers = dict.fromkeys(paged, streamer)
     set_streamer(model, streamers)
 
@@ -72,55 +72,32 @@ def set_streamer(model: torch.nn.Module, streamers: dict[torch.nn.Module, Stream
             layer.streamer = streamers.get(layer)
 
 
-def pin_files(files: list[PinnedFile], device: torch.device) -> bool:
-    """Pin what is not pinned yet, within what the host allows itself; whether that is so."""
-    for file in files:
-        if file.is_refused and file.is_asked_for:
-            unpin(file)
-    n_bytes, args = sum(file.nbytes for file in files if not file.is_asked_for), comfy.cli_args.args
-    if not n_bytes:
-        return True
-    if args.disable_pinned_memory or args.fast_disk or mm.MAX_PINNED_MEMORY <= 0:
-        return False
-    if not SYSTEM_CAN or any(file.is_refused for file in files):
-        log_unpinned()
-        return False
-    if not mm.ensure_pin_budget(n_bytes) or not mm.ensure_pin_registerable(n_bytes):
-        log_too_large_to_pin()
-        return False
-    # To make room the host may have had the other parts of a split file unpinned.
-    for file in files:
-        if not file.is_asked_for:
-            mm.TOTAL_PINNED_MEMORY += file.nbytes
-            file.pin(device)
-    return True
-
-
-def files_of(layers: Iterable[PackedWeight]) -> list[PinnedFile]:
+def parts_of(layers: Iterable[PackedWeight]) -> list[PinnedPart]:
     """Those that packed weights view, each once."""
-    return list({id(file): file for file in map(pinned_file_of, layers) if file is not None}.values())
+    return list(dict.fromkeys(part for part in map(pinned_part_of, layers) if part is not None))
 
 
-def unpin_files(model: torch.nn.Module) -> int:
+def parts_viewed(model: torch.nn.Module) -> list[PinnedPart]:
+    """Those that any of a model's tensors views, each once."""
+    parts = (part_of(getattr(tensor, "_qdata", tensor)) for tensor in model.parameters())
+    return list(dict.fromkeys(part for part in parts if part is not None))
+
+
+def unpin_parts(model: torch.nn.Module) -> int:
     """Bytes that are pinned no more."""
-    files = [file for file in files_of(packed_layers(model).values()) if file.is_asked_for]
-    pinned = [file for file in files if file.is_pinned()]
+    streamer = streamer_of(model)
+    # Of the last load too: since then a patch may have made dense what alone viewed a part.
+    parts = dict.fromkeys(parts_of(packed_layers(model).values()) + (streamer.parts if streamer else []))
+    pinned = [part for part in parts if part.is_pinned()]
     if pinned:
         stop_streaming(model)
         if getattr(model, "current_patcher", None) is not None:
             log_unpinned_while_sampling()
-    for file in files:
-        unpin(file)
+    for part in parts:
+        part.unpin()
     # The next load makes another; layers that hold what holds them would stay until the garbage collector comes.
     set_streamer(model, {})
-    return sum(file.nbytes for file in pinned)
-
-
-def unpin(file: PinnedFile) -> None:
-    # A copy from it may be under way.
-    torch.cuda.synchronize(file.device)
-    file.unpin()
-    mm.TOTAL_PINNED_MEMORY -= file.nbytes
+    return sum(part.nbytes for part in pinned)
 
 
 @cache
@@ -128,12 +105,4 @@ def log_unpinned_while_sampling() -> None:
     log.info(
         "GGUF Native: something else needs pinned RAM while a model samples, so until it is done its weights go to the "
         "GPU through ComfyUI's own buffers, which is slower."
-    )
-
-
-@cache
-def log_too_large_to_pin() -> None:
-    log.info(
-        "GGUF Native: a model's file does not fit into RAM beside what is there, so its weights go to the GPU through "
-        "ComfyUI's own buffers, which is slower."
     )

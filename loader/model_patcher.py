@@ -17,7 +17,7 @@ from ..ops.layers import GGUFOps, PackedWeight
 from ..ops.lora import n_loras, side_path
 from ..ops.matmul import Workspace
 from . import residency
-from .file_streaming import files_of, send_once, stop_streaming, stream_from_files, unpin_files
+from .file_streaming import parts_viewed, send_once, stop_streaming, stream_from_files, unpin_parts
 from .graphs import forget_graphs, record_forwards
 from .load_order import spread
 from .out_of_memory import retry_forwards
@@ -75,8 +75,8 @@ class PackedPatching:
                 layer.workspace.release()
             move_choices(self.model, self.offload_device)
             # The loader's result, which ComfyUI keeps, may be used again: then they come from the system's cache.
-            for file in files_of(packed_layers(self.model).values()):
-                file.give_pages_back()
+            for part in parts_viewed(self.model):
+                part.give_pages_back()
         return model
 
     def cleanup(self):
@@ -134,7 +134,7 @@ class ModelPatcherDynamic(PackedPatching, comfy.model_patcher.ModelPatcherDynami
 
     def _pages_first(self, free_others, n_bytes, subsets):
         """Free a file's pages, which the system or the disk has anyway, and only then what the host would; bytes."""
-        freed = unpin_files(self.model) if "weights" in subsets else 0
+        freed = unpin_parts(self.model) if "weights" in subsets else 0
         return freed if freed >= n_bytes else freed + free_others(n_bytes - freed, subsets)
 
 
@@ -171,7 +171,9 @@ class ModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
         if packed_layer(self.model, key) is None:
-            # The host writes into the weight, which may be a read-only view of the file.
+            # The host writes into the weight, which may be a read-only view of a file. What it has pinned must not go
+            # before it is unpinned: later copies from these addresses would fail.
+            self.unpin_weight(key)
             weight = comfy.utils.get_attr(self.model, key)
             weight.data = weight.data.clone()
             super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 import logging
 import mmap
+import os
 import threading
 from collections.abc import Mapping
 
@@ -13,7 +14,7 @@ import torch
 from ..ops.dequantize import dequantize
 from ..ops.formats import FORMATS, is_packed
 from ..ops.layout import pack
-from ..ops.pinned_file import PinnedFile
+from ..ops.pinned_part import parts_for
 from .errors import TruncatedFileError
 from .gguf_file import GGUFFile, TensorInfo, open_gguf
 from .original_shape import logical_shape
@@ -29,13 +30,13 @@ def read_state_dict(path: str, streaming: bool = True) -> tuple[dict[str, torch.
     """(tensors by the file's own names, the file's metadata) of a GGUF file. Raises GGUFError kinds.
 
     Matrices are packed `QuantizedTensor`s; what the file stores as plain numbers stays so; any other quantised tensor
-    (a bare parameter, a bias) is small and decoded to float32. With `streaming` every tensor views the file's mapping
-    and, under DynamicVRAM, carries the slice of the file that the host reads by itself; without, all is read now.
+    (a bare parameter, a bias) is small and decoded to float32. With `streaming` every tensor views the mapped file and,
+    under DynamicVRAM, carries the slice of the file that the host reads by itself; without, all is read now.
     """
     file = open_gguf(path)
     if streaming and _host_can_stream():
-        sd = {name: _tensor(file, info, file.read(name)) for name, info in file.tensors.items()}
-        _attach_file(file, sd)
+        views = _views(file)
+        sd = {name: _tensor(file, info, views[name]) for name, info in file.tensors.items()}
     else:
         progress = comfy.utils.ProgressBar(sum(info.nbytes for info in file.tensors.values()))
         sd = {name: _tensor(file, info, _read_now(info, progress)) for name, info in file.tensors.items()}
@@ -76,22 +77,26 @@ def _host_can_stream() -> bool:
     return False
 
 
-def _attach_file(file: GGUFFile, sd: dict[str, torch.Tensor]) -> None:
-    """Note at each tensor's storage the file that it views.
+def _views(file: GGUFFile) -> dict[str, torch.Tensor]:
+    """uint8 `[nbytes]` of each tensor, views of mapped parts of its file.
 
-    DynamicVRAM is told the place in it too, as `comfy.utils.load_safetensors` does for safetensors.
+    DynamicVRAM is told the place in the file too, as `comfy.utils.load_safetensors` does for safetensors.
     """
-    lock = threading.Lock()
-    handles, pinned = {}, {}
-    for name, info in file.tensors.items():
-        if info.path not in handles:
-            handles[info.path] = open(info.path, "rb", buffering=0)  # noqa: SIM115 (closed with the last tensor)
-            pinned[info.path] = PinnedFile(file.mapping(name), handles[info.path])
-        tensor = getattr(sd[name], "_qdata", sd[name])
-        if tensor.nbytes != info.nbytes:
-            continue
-        tensor.untyped_storage()._gguf_native_file = pinned[info.path]
-        if comfy.memory_management.aimdo_enabled:
-            tensor.untyped_storage()._comfy_tensor_file_slice = comfy.memory_management.TensorFileSlice(
-                handles[info.path], lock, info.offset, info.nbytes
+    views, lock, infos = {}, threading.Lock(), file.tensors.values()
+    for path, name in {info.path: info.name for info in infos}.items():
+        handle = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with the last tensor)
+        missing = len(file.mapping(name)) - os.fstat(handle.fileno()).st_size
+        if missing > 0:
+            raise TruncatedFileError(
+                f"{path.name}: is {missing:,} bytes shorter than when its header was read; it was replaced meanwhile. "
+                "Download it again.",
+                missing,
             )
+        spans = {(info.offset, info.nbytes): info.name for info in infos if info.path == path}
+        for span, part in parts_for(handle, spans).items():
+            views[spans[span]] = view = part.view(*span)
+            if comfy.memory_management.aimdo_enabled:
+                view.untyped_storage()._comfy_tensor_file_slice = comfy.memory_management.TensorFileSlice(
+                    handle, lock, *span
+                )
+    return views

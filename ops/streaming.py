@@ -15,7 +15,7 @@ from comfy_aimdo.model_vbar import vbar_fault, vbar_signature_compare, vbar_unpi
 from comfy_aimdo.torch import aimdo_to_tensor
 
 from .layout import on_other_memory
-from .pinned_file import PinnedFile
+from .pinned_part import PinnedPart, part_of
 from .ring import ALIGNMENT, Place, Ring
 
 log = logging.getLogger("gguf_native")
@@ -25,7 +25,7 @@ log = logging.getLogger("gguf_native")
 LOOK_AHEAD = 192 << 20
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Source:
     """What is asked of a streaming layer at every use: of a module each question takes microseconds."""
 
@@ -38,9 +38,11 @@ class Source:
     there: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    # Its copy's end, recorded anew each time: an event costs as long to make as to record.
+    copied: torch.cuda.Event | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sent:
     """A weight on its way to the GPU or there: packed `weight`, `bias` or None, and the event of its arrival."""
 
@@ -58,7 +60,7 @@ class Streamer:
     def __init__(self, device: torch.device, begins: Callable[[], None]):
         """begins: called in each sampling before the first weight that may not stay."""
         self.device, self.begins = device, begins
-        self.files: list[PinnedFile] = []
+        self.parts: list[PinnedPart] = []
         self.ring_bytes = LOOK_AHEAD
         self.stream = torch.cuda.Stream(device)
         self.compute: torch.cuda.Stream  # the current one at the last call from outside
@@ -67,9 +69,9 @@ class Streamer:
         self.after: dict[torch.nn.Module, torch.nn.Module] = {}
         self._begin()
 
-    def prepare(self, files: list[PinnedFile], largest: int) -> None:
-        """For a load, after `reset`: the files that its weights lie in, and the bytes of the largest weight."""
-        self.files, self.ring_bytes = files, max(LOOK_AHEAD, 2 * largest)
+    def prepare(self, parts: list[PinnedPart], largest: int) -> None:
+        """For a load, after `reset`: the parts that its weights lie in, and the bytes of the largest weight."""
+        self.parts, self.ring_bytes = parts, max(LOOK_AHEAD, 2 * largest)
         self._begin()
 
     def _begin(self) -> None:
@@ -102,9 +104,12 @@ class Streamer:
     def serves(self) -> bool:
         """Whether weights come this way now; waits for the files to be pinned."""
         if self.works is None:
-            self.works = all(file.is_pinned() for file in self.files)
-            if not self.works and all(file.is_asked_for for file in self.files):
+            self.works = all(part.is_pinned() for part in self.parts)
+            if not self.works and all(part.is_asked_for for part in self.parts):
                 log_unpinned()
+                # The others serve nothing without those that were refused.
+                for part in self.parts:
+                    part.unpin()
         return self.works
 
     def borrow(self, layer: torch.nn.Module) -> Sent | None:
@@ -124,8 +129,8 @@ class Streamer:
         if self.last is not None and self.last is not layer:
             self.after[self.last] = layer
         self.last = layer
-        # Several at once: each turn to the other stream takes the processor as long as some copies.
-        if self.n_ahead < LOOK_AHEAD // 2:
+        # Several at once: each turn to the other stream takes the processor as long as a copy.
+        if self.n_ahead < LOOK_AHEAD // 4:
             try:
                 self._send_ahead(layer)
             except BaseException:
@@ -229,8 +234,8 @@ class Streamer:
         if source.start != place.start:
             self._move(layer, source, place.start)
         source.there.copy_(source.blocks, non_blocking=True)
-        ready = self.stream.record_event()
-        return Sent(self, source, source.weight, source.bias, ready, place)
+        source.copied = self.stream.record_event(source.copied)
+        return Sent(self, source, source.weight, source.bias, source.copied, place)
 
     def _make_buffer(self) -> bool:
         """The ring's memory; without room for it the host's smaller buffers serve until sampling ends."""
@@ -279,9 +284,9 @@ class Streamer:
         self.n_ahead = 0
 
 
-def pinned_file_of(layer: torch.nn.Module) -> PinnedFile | None:
-    """The file that a packed weight lies in, as the loader noted it at the weight's storage."""
-    return getattr(layer.weight._qdata.untyped_storage(), "_gguf_native_file", None)
+def pinned_part_of(layer: torch.nn.Module) -> PinnedPart | None:
+    """The part of a file that a packed weight lies in."""
+    return part_of(layer.weight._qdata)
 
 
 @cache

@@ -85,6 +85,7 @@ def dynamic_vram_on_cpu(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
     """Load models with the real ModelPatcherDynamic, which the host keeps for GPUs.
 
     Covers lazy modules, weights assigned in the file's dtype and the staging plan; there are no VRAM buffers on a CPU.
+    With TEST_DEVICE=cuda there are, as in the server.
     """
     import comfy.memory_management
     import comfy.model_patcher

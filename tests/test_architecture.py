@@ -42,7 +42,7 @@ OPS_ORDER = (
     "matmul",
     "compute",
     "lora",
-    "pinned_file",
+    "pinned_part",
     "ring",
     "streaming",
     "capture",
@@ -54,7 +54,7 @@ HOST = {"comfy", "comfy_aimdo", "comfy_api", "folder_paths", "nodes"}
 MEETS_HOST = {
     "ops.layers",
     "ops.lora",
-    "ops.pinned_file",
+    "ops.pinned_part",
     "ops.streaming",
     "loader.diffusion_model",
     "loader.text_encoder",
@@ -67,6 +67,7 @@ MEETS_HOST = {
     "loader.packed_layers",
     "loader.model_patcher",
     "loader.out_of_memory",
+    "loader.pinning",
     "loader.residency",
     "loader.state_dict",
 }

@@ -248,3 +248,5 @@ def test_a_file_that_shrinks_while_it_is_read_up_front_is_named(write_gguf, monk
     monkeypatch.setattr(state_dict, "open_gguf", lambda path: opened)
     with pytest.raises(TruncatedFileError, match=r"model.gguf: ends 100 bytes early in tensor 'txt_in.weight'"):
         state_dict.read_state_dict(str(path), streaming=False)
+    with pytest.raises(TruncatedFileError, match=r"model.gguf: is 100 bytes shorter than when its header was read"):
+        state_dict.read_state_dict(str(path), streaming=True)

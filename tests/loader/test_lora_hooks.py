@@ -6,19 +6,24 @@ import torch
 pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
 
 import comfy.hooks
+import comfy.model_management as mm
 import comfy.sample
 from comfy.model_patcher import ModelPatcher
+from comfy.utils import get_attr
 from comfy_extras import nodes_hooks
 from gguf_native.loader.model_patcher import ModelPatcher as PackedPatcher
+from gguf_native.loader.text_encoder import load_text_encoder
 from lora_models import (
     BOUND,
-    CPU,
     FLUX,
+    LAYERS,
     SD15,
     adapter_file,
     are_loaded,
+    assert_same,
     by_the_host,
     loaded,
+    loaded_in_part,
     packed,
     predict,
     share_loaded_in_part,
@@ -103,7 +108,7 @@ def test_lora_hooks_with_keyframes(samples, request, monkeypatch, lora_folder, m
     unhooked = hooked_sample(with_lora(base, under), model[0], None)
     assert relative_error(*latents) < BOUND
     assert relative_error(unhooked, latents[1]) > 5 * BOUND
-    assert torch.equal(sample(base, model[0], steps=1), off)
+    assert_same(sample(base, model[0], steps=1), off)
     assert mode != "in part" or are_loaded(base) == {True, False}
 
 
@@ -128,8 +133,47 @@ def test_hooks_survive_a_partial_unload(samples):
     patcher.register_all_hook_patches(hooks, target, {})
     loaded(patcher).apply_hooks(hooks)
     hooked = predict(patcher, FLUX[0])
-    patcher.partially_unload(CPU, patcher.model_size() * 0.3)
+    patcher.partially_unload(patcher.offload_device, patcher.model_size() * 0.3)
     patcher.apply_hooks(hooks)
-    assert torch.equal(predict(patcher, FLUX[0]), hooked)
+    assert_same(predict(patcher, FLUX[0]), hooked)
     patcher.apply_hooks(None)
     assert relative_error(predict(patcher, FLUX[0]), hooked) > 5 * BOUND
+
+
+def test_no_memory_goes_while_it_is_pinned(samples, monkeypatch):
+    """A bias that hooks patch may be pinned: the host does so with all that has no room on the GPU."""
+    pinned = {}
+    monkeypatch.setattr(mm, "pin_memory", lambda weight: pinned.setdefault(weight.data_ptr(), weight.nbytes) > 0)
+    monkeypatch.setattr(mm, "unpin_memory", lambda weight: pinned.pop(weight.data_ptr()))
+    patcher = loaded_in_part(packed(samples, FLUX))
+    assert len(pinned) == len(patcher.pinned) > 0
+    key = f"diffusion_model.{LAYERS[FLUX][0]}.bias"
+    patcher.pinned.add(key)
+    pinned[get_attr(patcher.model, key).data_ptr()] = 1
+    hooks = comfy.hooks.create_hook_lora(adapter_file(samples, FLUX, "bias"), 1.0, 0.0)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    patcher.register_all_hook_patches(hooks, target, {})
+    for switched in (hooks, None, hooks):
+        patcher.apply_hooks(switched)
+        assert pinned.keys() == {get_attr(patcher.model, key).data_ptr() for key in patcher.pinned}
+    patcher.apply_hooks(None)
+    patcher.detach()
+    assert not pinned
+
+
+def test_hooks_do_not_write_into_a_file_that_the_host_has_mapped(samples, dynamic_vram_on_cpu):
+    """A safetensors encoder beside a GGUF one: its biases view ComfyUI's own mapping, which ends who writes into it."""
+    files = samples.gguf("tiny_t5", "Q4_K", "llama.cpp"), samples.sample("tiny_clip_l")
+    patcher = load_text_encoder([str(file) for file in files], "flux", disable_dynamic=True).patcher
+    name = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"
+    bias = get_attr(patcher.model, f"{name}.bias")
+    assert hasattr(bias.untyped_storage(), "_comfy_tensor_mmap_refs")
+    before = bias.clone()
+    lora = {f"text_encoders.{name}.diff_b": torch.ones(bias.shape)}
+    hooks = comfy.hooks.create_hook_lora(lora, 0.0, 1.0)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Clip)
+    patcher.register_all_hook_patches(hooks, target, {})
+    loaded(patcher).apply_hooks(hooks)
+    assert torch.allclose(get_attr(patcher.model, f"{name}.bias").float(), before.float() + 1, atol=1e-2)
+    patcher.apply_hooks(None)
+    assert torch.equal(get_attr(patcher.model, f"{name}.bias"), before)

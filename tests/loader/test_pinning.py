@@ -18,14 +18,15 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
-from gguf_native.loader import file_streaming, model_patcher
+from gguf_native.loader import file_streaming, model_patcher, pinning
 from gguf_native.loader.diffusion_model import load_diffusion_model
-from gguf_native.loader.file_streaming import pin_files, send_once, stream_from_files, streamer_of, unpin_files
+from gguf_native.loader.file_streaming import send_once, stream_from_files, streamer_of, unpin_parts
 from gguf_native.loader.packed_layers import cache_of, packed_layers
+from gguf_native.loader.pinning import pin_parts
 from gguf_native.loader.residency import ATTACHMENT
 from gguf_native.ops import streaming
 from gguf_native.ops.layers import GGUFOps
-from gguf_native.ops.streaming import pinned_file_of
+from gguf_native.ops.streaming import pinned_part_of
 
 FLUX = "tiny_flux_256"
 LAYER = "double_blocks.0.img_attn.qkv"
@@ -34,19 +35,22 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PINNED_BEFORE = 1000
 
 
-class File:
-    """In place of a PinnedFile: what it was asked, in a list that all of them share."""
+class Part:
+    """In place of a PinnedPart: what it was asked, in a list that all of them share."""
 
     def __init__(self, nbytes: int, done: list):
         self.nbytes, self.done, self.is_asked_for, self.is_refused = nbytes, done, False, False
 
     def pin(self, device: torch.device) -> None:
         self.done.append(("pin", self.nbytes, device))
-        self.is_asked_for, self.device = True, device
+        self.is_asked_for = True
+        mm.TOTAL_PINNED_MEMORY += self.nbytes
 
     def unpin(self) -> None:
-        self.done.append(("unpin", self.nbytes))
-        self.is_asked_for = False
+        if self.is_asked_for:
+            self.done.append(("unpin", self.nbytes))
+            self.is_asked_for = False
+            mm.TOTAL_PINNED_MEMORY -= self.nbytes
 
     def is_pinned(self) -> bool:
         return self.is_asked_for and not self.is_refused
@@ -57,14 +61,13 @@ def system(host, monkeypatch) -> SimpleNamespace:
     """A machine with a GPU and room, and what was asked of it."""
     done, asked = [], []
     room = SimpleNamespace(budget=True, registerable=True)
-    file_streaming.log_too_large_to_pin.cache_clear()
+    pinning.log_too_large_to_pin.cache_clear()
     streaming.log_unpinned.cache_clear()
     monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", PINNED_BEFORE)
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 1 << 40)
     monkeypatch.setattr(mm, "ensure_pin_budget", lambda nbytes: asked.append(nbytes) or room.budget)
     monkeypatch.setattr(mm, "ensure_pin_registerable", lambda nbytes: asked.append(nbytes) or room.registerable)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(("synchronize", device)))
-    monkeypatch.setattr(file_streaming, "SYSTEM_CAN", True)
+    monkeypatch.setattr(pinning, "SYSTEM_CAN", True)
     monkeypatch.setattr(comfy.cli_args.args, "disable_pinned_memory", False)
     monkeypatch.setattr(comfy.cli_args.args, "fast_disk", False)
     with torch.inference_mode():
@@ -72,27 +75,52 @@ def system(host, monkeypatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def files(system) -> list[File]:
-    return [File(500, system.done), File(70, system.done)]
+def files(system) -> list[Part]:
+    return [Part(500, system.done), Part(70, system.done)]
 
 
 def test_the_host_counts_what_is_pinned_once(system, files):
-    files[0].is_asked_for = True
-    assert pin_files(files, GPU)
-    assert system.asked == [70, 70]
-    assert system.done == [("pin", 70, GPU)]
-    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 70
+    assert pin_parts(files[:1], GPU)
+    assert pin_parts(files, GPU)
+    assert system.asked == [500, 500, 70, 70]
+    assert system.done == [("pin", 500, GPU), ("pin", 70, GPU)]
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 570
     # By the next load nothing is left to do, whatever room there is by then.
     system.room.budget = False
-    assert pin_files(files, GPU)
-    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 70
+    assert pin_parts(files, GPU)
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 570
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_where_there_is_no_room_what_can_be_spared_is_unpinned(system, files, monkeypatch, enough):
+    spare = Part(30, system.done)
+    spare.pin(GPU)
+    system.done.clear()
+    monkeypatch.setattr(mm, "ensure_pin_budget", lambda nbytes: enough and not spare.is_asked_for)
+    assert pin_parts(files, GPU, spare=[spare]) == enough
+    assert system.done == [("unpin", 30), ("pin", 500, GPU), ("pin", 70, GPU)][: 3 if enough else 1]
+    # Where there is room it stays.
+    spare.pin(GPU)
+    monkeypatch.setattr(mm, "ensure_pin_budget", lambda nbytes: True)
+    for part in files:
+        part.unpin()
+    assert pin_parts(files, GPU, spare=[spare]) and spare.is_asked_for
+
+
+def test_what_loras_have_pinned_can_be_spared(base, system, monkeypatch):
+    of_lora = Part(30, system.done)
+    of_lora.pin(GPU)
+    monkeypatch.setattr(file_streaming, "parts_of_loras", lambda: [of_lora])
+    monkeypatch.setattr(mm, "ensure_pin_budget", lambda nbytes: not of_lora.is_asked_for)
+    stream_from_files(base.model, GPU)
+    assert streamer_of(base.model) is not None and not of_lora.is_asked_for
 
 
 def refused(system, files, caplog) -> list[str]:
     """What is said twice over where files are not pinned."""
     with caplog.at_level(logging.INFO, "gguf_native"):
-        assert not pin_files(files, GPU)
-        assert not pin_files(files, GPU)
+        assert not pin_parts(files, GPU)
+        assert not pin_parts(files, GPU)
     assert system.done == []
     assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
     return caplog.messages
@@ -102,7 +130,9 @@ def refused(system, files, caplog) -> list[str]:
 def test_without_room_it_is_left_to_the_host_and_said_once(system, files, caplog, limit):
     setattr(system.room, limit, False)
     (message,) = refused(system, files, caplog)
-    assert message.startswith("GGUF Native: a model's file does not fit into RAM beside what is there, so its weights")
+    assert message.startswith(
+        "GGUF Native: a model's or a LoRA's file does not fit into RAM beside what is there, so it"
+    )
 
 
 @pytest.mark.parametrize("option", ["disable_pinned_memory", "fast_disk"])
@@ -114,20 +144,22 @@ def test_the_hosts_options_keep_files_from_being_pinned(system, files, caplog, m
 
 
 def test_systems_that_pin_no_files(system, files, caplog, monkeypatch):
-    monkeypatch.setattr(file_streaming, "SYSTEM_CAN", False)
+    monkeypatch.setattr(pinning, "SYSTEM_CAN", False)
     (message,) = refused(system, files, caplog)
     assert message.startswith("GGUF Native: this system does not let the GPU read a file's pages where they are")
     assert system.asked == []
 
 
 def test_what_the_driver_refuses_is_not_asked_again_nor_counted(system, files, caplog):
-    assert pin_files(files, GPU)
+    assert pin_parts(files, GPU)
     # The answer comes later.
     files[1].is_refused = True
     with caplog.at_level(logging.INFO, "gguf_native"):
-        assert not pin_files(files, GPU)
-        assert not pin_files(files, GPU)
-    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 500
+        assert not pin_parts(files, GPU)
+        assert not pin_parts(files, GPU)
+    # The other half alone serves nothing.
+    assert system.done[-2:] == [("unpin", 500), ("unpin", 70)]
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
     assert system.asked == [570, 570]
     assert len(caplog.messages) == 1
 
@@ -147,23 +179,22 @@ def path(samples):
 
 @pytest.fixture
 def base(path, dynamic_vram_on_cpu, monkeypatch, system):
-    """A model under DynamicVRAM, with slots in place of GPU memory and files in place of pinned ones."""
+    """A model under DynamicVRAM, with slots in place of GPU memory and parts in place of pinned ones."""
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     patcher = load_diffusion_model(str(path))
-    layers, file = packed_layers(patcher.model).values(), None
-    for layer in layers:
-        assert pinned_file_of(layer).nbytes == path.stat().st_size
-        assert file in (None, pinned_file_of(layer))
-        file = pinned_file_of(layer)
-    file = File(500, system.done)
+    layers = packed_layers(patcher.model).values()
+    # A small file is one part.
+    (whole,) = {pinned_part_of(layer) for layer in layers}
+    assert 0.9 * path.stat().st_size < whole.nbytes <= path.stat().st_size
+    part = Part(500, system.done)
     for layer in layers:
         layer._v_signature = None
-        layer.weight._qdata.untyped_storage()._gguf_native_file = file
+        layer.weight._qdata.untyped_storage()._gguf_native_part = part
         if layer.weight._qdata.nbytes > 2**14:
             layer._v = None
     yield patcher
     # The model may go when the stand-ins are gone already.
-    file.is_asked_for = False
+    part.is_asked_for = False
     for layer in layers:
         layer.streamer = None
         layer.__dict__.pop("_v", None)
@@ -176,7 +207,7 @@ def test_layers_with_a_slot_share_a_streamer(base):
     assert 0 < len(with_slot) < len(layers)
     assert {layer for layer in layers if layer.streamer is not None} == set(with_slot)
     assert {layer.streamer for layer in with_slot} == {streamer}
-    assert streamer.files == [pinned_file_of(with_slot[0])] and streamer.files[0].is_asked_for
+    assert streamer.parts == [pinned_part_of(with_slot[0])] and streamer.parts[0].is_asked_for
     assert streamer.ring_bytes >= 2 * max(layer.weight._qdata.nbytes for layer in with_slot)
     # The next load goes on with it.
     streamer.after["layer"] = "next"
@@ -211,10 +242,10 @@ def test_another_gpu_gets_another_streamer(base):
     first = streamer_of(base.model)
     stream_from_files(base.model, torch.device("cuda", 1))
     assert streamer_of(base.model) is not first
-    assert streamer_of(base.model).files == first.files
+    assert streamer_of(base.model).parts == first.parts
 
 
-def test_without_pinned_files_there_is_no_streamer(base, system):
+def test_without_pinned_parts_there_is_no_streamer(base, system):
     system.room.budget = False
     stream_from_files(base.model, GPU)
     assert streamer_of(base.model) is None
@@ -246,30 +277,41 @@ def test_a_patched_bias_and_a_lost_slot_are_left_to_the_host(base):
 
 
 def test_unpinned_after_the_last_copy_and_counted_no_more(base, system):
-    assert unpin_files(base.model) == 0
+    assert unpin_parts(base.model) == 0
     stream_from_files(base.model, GPU)
     streamer = streamer_of(base.model)
     streamer.works = True
     system.done.clear()
-    assert unpin_files(base.model) == 500
-    assert system.done == [("synchronize", GPU), ("unpin", 500)]
+    assert unpin_parts(base.model) == 500
+    assert system.done == [("unpin", 500)]
     assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
     # Whoever borrows next asks again.
     assert streamer.works is None and not streamer.sent
-    assert unpin_files(base.model) == 0
+    assert unpin_parts(base.model) == 0
     assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
     stream_from_files(base.model, GPU)
     assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 500
 
 
+def test_the_part_of_what_a_patch_has_made_dense_is_unpinned_too(base, system):
+    layers = [layer for layer in packed_layers(base.model).values() if hasattr(layer, "_v")]
+    packed, alone = layers[0].weight, Part(70, system.done)
+    packed._qdata.untyped_storage()._gguf_native_part = alone
+    stream_from_files(base.model, GPU)
+    layers[0].weight = torch.nn.Parameter(torch.zeros(packed.shape), requires_grad=False)
+    assert unpin_parts(base.model) == 570
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
+    layers[0].weight = packed
+
+
 def test_what_was_refused_is_not_freed(base, monkeypatch, caplog):
     """The host would take it for memory that it has now, and the log for a reason that is none."""
     stream_from_files(base.model, GPU)
-    next(iter(streamer_of(base.model).files)).is_refused = True
+    next(iter(streamer_of(base.model).parts)).is_refused = True
     file_streaming.log_unpinned_while_sampling.cache_clear()
     monkeypatch.setattr(base.model, "current_patcher", base)
     with caplog.at_level(logging.INFO, "gguf_native"):
-        assert unpin_files(base.model) == 0
+        assert unpin_parts(base.model) == 0
     assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
     assert caplog.messages == []
 
@@ -278,18 +320,18 @@ def test_a_later_load_may_stream_from_more(base, system):
     """A split file of which the first load paged in one part, or a larger layer that a LoRA had to itself."""
     layers = [layer for layer in packed_layers(base.model).values() if hasattr(layer, "_v")]
     largest = max(layers, key=lambda layer: layer.weight._qdata.nbytes)
-    part = largest.weight._qdata.untyped_storage()._gguf_native_file = File(70, system.done)
+    part = largest.weight._qdata.untyped_storage()._gguf_native_part = Part(70, system.done)
     largest.bias_lowvram_function = object()
     stream_from_files(base.model, GPU)
     streamer = streamer_of(base.model)
-    assert part not in streamer.files and not part.is_asked_for
+    assert part not in streamer.parts and not part.is_asked_for
     largest.bias_lowvram_function = None
     stream_from_files(base.model, GPU)
     assert streamer_of(base.model) is streamer
-    assert part in streamer.files and part.is_asked_for
+    assert part in streamer.parts and part.is_asked_for
     assert streamer.ring_bytes >= 2 * largest.weight._qdata.nbytes
-    largest.weight._qdata.untyped_storage()._gguf_native_file = next(
-        file for file in streamer.files if file is not part
+    largest.weight._qdata.untyped_storage()._gguf_native_part = next(
+        other for other in streamer.parts if other is not part
     )
 
 
@@ -309,7 +351,7 @@ def test_the_host_sends_no_blocks_ahead_of_a_streamer(base, works):
     options = {"cond_or_uncond": [0], "prefetch_dynamic_vbars": True}
     run(None, transformer_options=dict(options))
     stream_from_files(base.model, GPU)
-    streamer_of(base.model).files[0].is_refused = not works
+    streamer_of(base.model).parts[0].is_refused = not works
     run(None, transformer_options=dict(options))
     run(None, transformer_options=options | {"prefetch_dynamic_vbars": False})
     assert seen == [True, not works, False]

@@ -16,20 +16,26 @@ CPU = torch.device("cpu")
 
 
 class Event:
-    """In place of torch.cuda.Event: what has happened when it has."""
+    """In place of torch.cuda.Event: the moments that have passed when it has, the last of which is its own."""
 
-    def __init__(self, known: frozenset):
-        self.known = known | {self}
+    def __init__(self):
+        self.moment, self.known = None, frozenset()
+
+    def record(self, known: frozenset) -> None:
+        self.moment = object()
+        self.known = known | {self.moment}
 
 
 class Stream:
-    """In place of torch.cuda.Stream: the events that happen before what is given to it next."""
+    """In place of torch.cuda.Stream: the moments that pass before what is given to it next."""
 
     def __init__(self, device=None):
         self.known = frozenset()
 
-    def record_event(self) -> Event:
-        event = Event(self.known)
+    def record_event(self, event: Event | None = None) -> Event:
+        """Recorded anew, an event stands for another moment."""
+        event = event or Event()
+        event.record(self.known)
         self.known |= event.known
         return event
 
@@ -110,7 +116,7 @@ class Machine:
             self.check_place(sent)
         self.streamer.give_back(sent)
         if sent.place is not None:
-            self.readers.append((sent.place, sent.place.done))
+            self.readers.append((sent.place, sent.place.done.moment))
         return True
 
     def has_kept(self, layer: Layer) -> bool:
@@ -126,7 +132,7 @@ class Machine:
         if layer.bias is not None:
             assert bias.dtype == torch.bfloat16 and torch.equal(bias, layer.bias.bfloat16())
         # What computes has waited for the copy.
-        copies = [event for copied, event in self.sent if copied is layer and event is not None]
+        copies = [moment for copied, moment in self.sent if copied is layer]
         assert copies[-1] in self.compute.known
 
     def check_place(self, sent: Sent) -> None:
@@ -142,9 +148,9 @@ class Machine:
             before = self.compute.record_event()
             sent = send(layer)
             if sent is not None and sent.ready is not None:
-                self.sent.append((layer, sent.ready))
+                self.sent.append((layer, sent.ready.moment))
                 # Memory that a layer keeps may have been another's, which nobody tells of.
-                assert sent.place is not None or before in sent.ready.known
+                assert sent.place is not None or before.moment in sent.ready.known
             return sent
 
         return send_and_note

@@ -12,7 +12,7 @@ pytest.importorskip("comfy_aimdo", reason="comfy-aimdo is not installed: there i
 
 from gguf_native.ops import streaming
 from gguf_native.ops.ring import ALIGNMENT
-from gguf_native.ops.streaming import pinned_file_of
+from gguf_native.ops.streaming import pinned_part_of
 from streaming_machine import KB, Layer, layers_of, machine_maker
 
 
@@ -31,14 +31,17 @@ def test_the_first_forward_sends_each_weight_when_it_is_used_the_second_ahead(ma
     # 60 rows take 8 KB of the 32: three beside the one in use.
     assert run.names() == [0, 1, 2, 3]
     assert [run.layers.index(layer) for layer in run.streamer.sent] == [1, 2, 3]
+    # More when a quarter is left, and then all that there is room for.
     run.use(run.layers[1])
-    assert run.names() == [4]
-    run.forward(run.layers[2:])
+    assert run.names() == []
+    run.use(run.layers[2])
+    assert run.names() == [4, 5]
+    run.forward(run.layers[3:])
     # Beyond the end of a forward lies the start of the next.
-    assert run.names() == [5, 6, 7, 0, 1, 2]
-    for _ in range(5):
+    assert run.names() == [6, 7, 0, 1]
+    for _ in range(4):
         assert run.forward() == []
-    assert run.names() == [3, 4, 5, 6, 7, 0, 1, 2] * 5
+    assert run.names() == [2, 3, 4, 5, 6, 7, 0, 1] * 4
 
 
 def test_a_bias_comes_once_and_nobody_waits_for_it(machine, monkeypatch):
@@ -262,7 +265,7 @@ def test_reset_gives_everything_back_and_the_next_forward_needs_nothing_of_it(ma
     assert run.streamer.buffer is None
     assert [layer._v.n_pins for layer in run.layers] == [0] * 4
     # Who gets the memory next computes after the copies into it.
-    assert all(sent.ready in run.compute.known for sent in held)
+    assert all(sent.ready.moment in run.compute.known for sent in held)
     run.readers.clear()
     assert run.forward() == run.forward() == []
 
@@ -271,15 +274,21 @@ def test_reset_gives_everything_back_and_the_next_forward_needs_nothing_of_it(ma
 def test_without_pinned_pages_the_host_brings_the_weights(machine, caplog, asked_for):
     """It is said where the system refused, not where nobody asked."""
     streaming.log_unpinned.cache_clear()
-    file = SimpleNamespace(is_pinned=lambda: False, is_asked_for=asked_for)
-    run = machine(layers_of(60, 60), (file,))
+    unpinned = []
+    parts = [
+        SimpleNamespace(is_pinned=lambda: True, is_asked_for=True, unpin=lambda: unpinned.append("one")),
+        SimpleNamespace(is_pinned=lambda: False, is_asked_for=asked_for, unpin=lambda: unpinned.append("other")),
+    ]
+    run = machine(layers_of(60, 60), parts)
     with caplog.at_level(logging.INFO, "gguf_native"):
         assert run.forward() == run.forward() == run.layers
     assert [message.split(",")[0] for message in caplog.messages] == [
         "GGUF Native: this system does not let the GPU read a file's pages where they are"
     ] * asked_for
+    # Half a file's pages serve nothing.
+    assert unpinned == ["one", "other"] * asked_for
     # After the next load it is asked again.
-    file.is_pinned = lambda: True
+    parts[1].is_pinned = lambda: True
     run.streamer.reset()
     assert run.forward() == []
 
@@ -304,9 +313,9 @@ def test_any_forwards_with_memory_that_comes_and_goes(machine, seed):
 
 def test_the_file_of_a_layer_is_noted_at_its_storage():
     layer, file = Layer(0, 4), object()
-    assert pinned_file_of(layer) is None
-    layer.weight._qdata.untyped_storage()._gguf_native_file = file
-    assert pinned_file_of(layer) is file
+    assert pinned_part_of(layer) is None
+    layer.weight._qdata.untyped_storage()._gguf_native_part = file
+    assert pinned_part_of(layer) is file
 
 
 def test_without_room_for_the_ring_it_is_left_to_the_host_and_said_once(machine, monkeypatch, caplog):

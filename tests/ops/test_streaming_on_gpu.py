@@ -1,8 +1,6 @@
 """Weights out of pinned files on a real GPU: streams, events and pages are no stand-ins, DynamicVRAM keeps nothing."""
 
-import mmap
 import random
-import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ pytest.importorskip("comfy_aimdo", reason="comfy-aimdo is not installed: there i
 
 from gguf_native.ops import streaming
 from gguf_native.ops.layout import on_other_memory
-from gguf_native.ops.pinned_file import PinnedFile
+from gguf_native.ops.pinned_part import PinnedPart
 from gguf_native.ops.streaming import Streamer
 from streaming_machine import Layer, layers_of
 
@@ -33,15 +31,13 @@ def streamed(layers: list[Layer], path: Path) -> Streamer:
     tensors = [tensor for layer in layers for tensor in (layer.weight._qdata, layer.bias) if tensor is not None]
     path.write_bytes(b"".join(tensor.numpy().tobytes() for tensor in tensors))
     opened = path.open("rb")
-    file, start = PinnedFile(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), opened), 0
+    part, start = PinnedPart(opened, 0, path.stat().st_size), 0
 
     def of_file(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal start
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            found = torch.frombuffer(file.mapping, dtype=tensor.dtype, offset=start, count=tensor.numel())
+        found = part.view(start, tensor.nbytes)
         start += tensor.nbytes
-        return found.view(tensor.shape)
+        return found.view(tensor.dtype).view(tensor.shape)
 
     streamer = Streamer(GPU, lambda: None)
     for layer in layers:
@@ -49,8 +45,8 @@ def streamed(layers: list[Layer], path: Path) -> Streamer:
         if layer.bias is not None:
             layer.bias = of_file(layer.bias)
             layer.bias._model_dtype = torch.bfloat16
-    file.pin(GPU)
-    streamer.prepare([file], max(layer.nbytes for layer in layers))
+    part.pin(GPU)
+    streamer.prepare([part], max(layer.nbytes for layer in layers))
     return streamer
 
 
@@ -74,7 +70,7 @@ def test_each_weight_is_there_whole_while_it_is_read(tmp_path, monkeypatch):
     assert streamer.sent and streamer.buffer.nbytes == 1 << 20
     streamer.reset()
     torch.cuda.synchronize()
-    streamer.files[0].unpin()
+    streamer.parts[0].unpin()
 
 
 def test_the_processor_waits_for_no_bias(tmp_path):
@@ -95,4 +91,4 @@ def test_the_processor_waits_for_no_bias(tmp_path):
         assert bias is None or torch.equal(bias.cpu(), layer.bias.bfloat16())
     streamer.reset()
     torch.cuda.synchronize()
-    streamer.files[0].unpin()
+    streamer.parts[0].unpin()

@@ -1,11 +1,13 @@
-"""Pinning the pages of a mapped file: what the driver is told, when, and that it is told of the end in time."""
+"""Pinning the pages of a file's parts: what the driver is told, when, and that it is told of the end in time."""
 
 import gc
 import mmap
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +15,15 @@ import torch
 pytest.importorskip("comfy", reason="no ComfyUI here: `make test` downloads it, COMFYUI_PATH names one")
 
 import comfy.model_management
-from gguf_native.ops import pinned_file
-from gguf_native.ops.pinned_file import READ_ONLY, PinnedFile, address_of
+from gguf_native.ops import pinned_part
+from gguf_native.ops.pinned_part import READ_ONLY, PinnedPart, address_of, part_of, parts_for
 
-pytestmark = pytest.mark.skipif(not pinned_file.SYSTEM_CAN, reason="pages of files are pinned on Linux only")
+pytestmark = pytest.mark.skipif(not pinned_part.SYSTEM_CAN, reason="pages of files are pinned on Linux only")
 
 NBYTES = (1 << 16) + 123
 CPU = torch.device("cpu")
+# By the host, of other memory.
+COUNTED_BEFORE = 1000
 
 
 @pytest.fixture
@@ -29,9 +33,8 @@ def path(tmp_path):
     return path
 
 
-def opened(path) -> PinnedFile:
-    file = path.open("rb", buffering=0)
-    return PinnedFile(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), file)
+def opened(path, start: int = 0, nbytes: int = NBYTES) -> PinnedPart:
+    return PinnedPart(path.open("rb", buffering=0), start, nbytes)
 
 
 class Runtime:
@@ -39,7 +42,7 @@ class Runtime:
 
     def __init__(self):
         self.registered, self.answer, self.may_answer, self.alive = [], 0, threading.Event(), lambda: None
-        self.was_alive = []
+        self.was_alive, self.waited_for = [], []
         self.may_answer.set()
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
@@ -56,11 +59,21 @@ class Runtime:
 
 
 @pytest.fixture
-def runtime(monkeypatch) -> Runtime:
+def runtime(monkeypatch) -> Iterator[Runtime]:
     made = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    return made
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: made.waited_for.append(device))
+    monkeypatch.setattr(comfy.model_management, "TOTAL_PINNED_MEMORY", COUNTED_BEFORE)
+    yield made
+    gc.collect()
+    # However its parts went.
+    assert made.registered == [] and counted() == 0
+
+
+def counted() -> int:
+    """The bytes that the host counts more than before."""
+    return comfy.model_management.TOTAL_PINNED_MEMORY - COUNTED_BEFORE
 
 
 def test_the_whole_mapping_is_registered_to_be_read(path, runtime):
@@ -87,7 +100,9 @@ def test_unpinned_and_pinned_again(path, runtime):
     for _ in range(2):
         file.pin(CPU)
         assert file.is_pinned() and len(runtime.registered) == 1
+        assert counted() == NBYTES
         file.unpin()
+        assert runtime.waited_for.pop() == CPU and counted() == 0
         assert not file.is_asked_for and not file.is_pinned() and runtime.registered == []
     # What was told already is not told once more.
     del file
@@ -103,7 +118,7 @@ def test_a_refusal_is_kept_and_its_error_is_taken_from_cuda(path, runtime, monke
     file = opened(path)
     file.pin(CPU)
     assert not file.is_pinned() and file.is_asked_for and file.is_refused
-    assert asked == ["discard"]
+    assert asked == ["discard"] and counted() == NBYTES
     file.unpin()
     assert not file.is_asked_for and file.is_refused
     del file
@@ -119,7 +134,7 @@ def test_it_is_unregistered_before_the_mapping_goes(path, runtime):
     assert file.is_pinned()
     del file
     gc.collect()
-    assert runtime.registered == []
+    assert runtime.registered == [] and counted() == 0
     assert runtime.was_alive == [True]
     assert mapping() is None
     assert not handle.closed
@@ -135,17 +150,64 @@ def test_nothing_is_told_at_the_end_of_the_process(path, runtime):
 def test_the_address_is_that_of_the_tensors(path):
     file = opened(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tensor = torch.frombuffer(file.mapping, dtype=torch.uint8, offset=100)
-    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert address_of(file.mapping) == tensor.data_ptr() - 100
+        assert address_of(file.mapping) == file.view(100, 7).data_ptr() - 100
+
+
+def test_a_part_in_the_middle_begins_where_the_system_can_map(path, runtime):
+    start = 3 * mmap.ALLOCATIONGRANULARITY + 5
+    part = opened(path, start, 40)
+    assert (part.start, part.nbytes) == (start - 5, 45)
+    assert part.view(start, 40).numpy().tobytes() == path.read_bytes()[start : start + 40]
+    part.pin(CPU)
+    assert part.is_pinned()
+    assert runtime.registered == [(part.view(start, 1).data_ptr() - 5, 45, READ_ONLY)]
+
+
+def test_pinned_pages_are_not_this_process_memory(path, runtime, monkeypatch):
+    """The stand-in reads them, as the driver does."""
+    part = opened(path)
+    register = runtime.cudaHostRegister
+    bytes(part.mapping)
+    assert resident_kilobytes(part) >= NBYTES // 1024
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "cudaHostRegister", lambda *given: bytes(part.mapping) and register(*given))
+        part.pin(CPU)
+        assert part.is_pinned() and resident_kilobytes(part) == 0
+    assert bytes(part.mapping) == path.read_bytes()
+
+
+def resident_kilobytes(part: PinnedPart) -> int:
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith(f"{address_of(part.mapping):x}-"))
+    return int(next(line for line in lines[begin:] if line.startswith("Rss:")).split()[1])
+
+
+def test_parts_hold_whole_spans_and_are_no_larger_than_they_must(path, monkeypatch):
+    monkeypatch.setattr(pinned_part, "PART_BYTES", 1000)
+    file = path.open("rb", buffering=0)
+    spans = [(5000, 1), (0, 400), (400, 600), (1000, 300), (1310, 2500), (3810, 500), (4310, 500), (5001, 999)]
+    parts = parts_for(file, spans)
+    assert set(parts) == set(spans)
+    by_part = [[span for span in sorted(spans) if parts[span] is part] for part in dict.fromkeys(parts.values())]
+    assert by_part == [
+        [(0, 400), (400, 600)],
+        [(1000, 300)],
+        [(1310, 2500)],
+        [(3810, 500), (4310, 500)],
+        [(5000, 1), (5001, 999)],
+    ]
+    for span, part in parts.items():
+        view = part.view(*span)
+        assert view.numpy().tobytes() == path.read_bytes()[span[0] : sum(span)]
+        assert part_of(view) is part_of(view[:1].view(torch.int8)) is part
+    assert part_of(torch.zeros(1)) is None
 
 
 @pytest.mark.cuda
 def test_on_a_gpu_copies_are_the_bytes_of_the_file(path):
     file, device = opened(path), torch.device("cuda", 0)
-    tensor = torch.frombuffer(file.mapping, dtype=torch.uint8)
+    tensor = file.view(0, NBYTES)
     expected = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
     assert not tensor.is_pinned()
     for _ in range(2):
@@ -164,7 +226,8 @@ def test_on_a_gpu_a_refusal_leaves_no_error_behind(path):
     file, device = opened(path), torch.device("cuda", 0)
     file.pin(device)
     assert file.is_pinned()
-    again = PinnedFile(file.mapping, file.file)
+    again = PinnedPart(file.file, 0, NBYTES)
+    again.mapping = file.mapping
     again.pin(device)
     assert not again.is_pinned()
     assert torch.ones(3, device=device).sum().item() == 3
