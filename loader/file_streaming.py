@@ -37,13 +37,17 @@ def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
     stop_streaming(model)
     # A patched bias is the host's affair.
     paged = [layer for layer in unpatched_slots(model) if pinned_part_of(layer)]
-    streamer, streamers = streamer_of(model), {}
+    streamer, streamers, parts = streamer_of(model), {}, parts_of(paged)
+    for part in streamer.parts if streamer is not None else ():
+        if part not in parts:
+            # Since the last load a patch has made dense what alone viewed it.
+            part.unpin()
     if paged and device.type == "cuda":
         if streamer is None or streamer.device != device:
             streamer = Streamer(device, next(iter(paged)).workspace.weights_stream)
         # A table of words, of which one is larger than many a model, is wanted once: what does not fit is the host's.
         sizes = [layer.weight._qdata.nbytes for layer in paged if not isinstance(layer, GGUFOps.Embedding)]
-        streamer.prepare(parts_of(paged), max(sizes, default=0))
+        streamer.prepare(parts, max(sizes, default=0))
         if pin_parts(streamer.parts, device, spare=parts_of_loras()):
             streamers = dict.fromkeys(paged, streamer)
     set_streamer(model, streamers)
@@ -85,9 +89,7 @@ def parts_viewed(model: torch.nn.Module) -> list[PinnedPart]:
 
 def unpin_parts(model: torch.nn.Module) -> int:
     """Bytes that are pinned no more."""
-    streamer = streamer_of(model)
-    # Of the last load too: since then a patch may have made dense what alone viewed a part.
-    parts = dict.fromkeys(parts_of(packed_layers(model).values()) + (streamer.parts if streamer else []))
+    parts = parts_of(packed_layers(model).values())
     pinned = [part for part in parts if part.is_pinned()]
     if pinned:
         stop_streaming(model)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakSet
 
 import comfy.model_management
 import comfy.utils
@@ -13,7 +14,7 @@ import torch
 
 from ..config import settings
 from ..ops.pinned_part import SYSTEM_CAN, PinnedPart, parts_for
-from .pinning import pin_parts
+from .pinning import is_room_free, pin_parts
 
 log = logging.getLogger("gguf_native")
 
@@ -50,6 +51,8 @@ class LoraFile(NamedTuple):
 
 # Least recently used first.
 kept: OrderedDict[Version, LoraFile] = OrderedDict()
+# Of files that are kept no more: pinned for as long as a model has their tensors.
+left: WeakSet[PinnedPart] = WeakSet()
 
 
 def read_lora(path: str) -> tuple[dict[str, torch.Tensor], dict | None]:
@@ -121,9 +124,18 @@ def _from_pages(version: Version, tensors: dict, metadata: dict | None) -> LoraF
 
 
 def _pin_pages(parts: list[PinnedPart]) -> bool:
-    """Whether they are pinned now: a model may have taken their room since they last were."""
+    """Whether they are pinned now: a model may have taken their room since they last were.
+
+    Into room that is free, for a model's weights cross the bus at each step; other LoRAs leave it first.
+    """
+    if not all(part.is_pinned() for part in parts):
+        others = [part for part in parts_of_loras() if part not in parts]
+        while not is_room_free(parts) and others:
+            others.pop(0).unpin()
+        if is_room_free(parts):
+            pin_parts(parts, comfy.model_management.get_torch_device())
     # They are wanted whole as soon as sampling begins, so the driver's answer is waited for.
-    if parts and pin_parts(parts, comfy.model_management.get_torch_device()) and all(p.is_pinned() for p in parts):
+    if parts and all(part.is_pinned() for part in parts):
         return True
     for part in parts:
         part.unpin()
@@ -131,8 +143,8 @@ def _pin_pages(parts: list[PinnedPart]) -> bool:
 
 
 def parts_of_loras() -> list[PinnedPart]:
-    """What is pinned of files, in their pages."""
-    return [part for file in kept.values() for part in file.parts]
+    """What may be pinned of files, in their pages; the least recently used first."""
+    return [*left, *(part for file in kept.values() for part in file.parts)]
 
 
 # What the host notes at the storage of a tensor that views a file.
@@ -168,8 +180,7 @@ def _let_go(version: Version, reason: str) -> None:
     file = kept.pop(version)
     if file.is_pinned:
         comfy.model_management.unpin_memory(file.buffer)
-    for part in file.parts:
-        part.unpin()
+    left.update(file.parts)
     log.info("GGUF Native: LoRA %s leaves memory: %s.", Path(version.path).name, reason)
 
 
@@ -190,7 +201,8 @@ def log_in_place(path: str) -> None:
 @cache
 def log_too_large(path: str) -> None:
     log.info(
-        "GGUF Native: LoRA %s is larger than preload_loras (%d MB), so it comes from its file, which is slower.",
+        "GGUF Native: LoRA %s, larger than preload_loras (%d MB), is not pinned, so it comes from its file, which is "
+        "slower.",
         Path(path).name,
         settings().preload_loras,
     )

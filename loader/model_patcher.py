@@ -171,12 +171,20 @@ class ModelPatcher(PackedPatching, comfy.model_patcher.ModelPatcher):
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
         if packed_layer(self.model, key) is None:
-            # The host writes into the weight, which may be a read-only view of a file. What it has pinned must not go
-            # before it is unpinned: later copies from these addresses would fail.
-            self.unpin_weight(key)
-            weight = comfy.utils.get_attr(self.model, key)
-            weight.data = weight.data.clone()
+            self._make_writable(key)
             super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
+
+    def patch_cached_hook_weights(self, cached_weights, key, *args, **kwargs):
+        # When models leave while sampling, what hooks had written to may view its file again.
+        self._make_writable(key)
+        super().patch_cached_hook_weights(cached_weights, key, *args, **kwargs)
+
+    def _make_writable(self, key: str) -> None:
+        """Before the host writes into a weight, which may be a read-only view of a file."""
+        # What is pinned must not go before it is unpinned: later copies from its addresses would fail.
+        self.unpin_weight(key)
+        weight = comfy.utils.get_attr(self.model, key)
+        weight.data = weight.data.clone()
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         was_hooked = self.current_hooks is not None

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from functools import cache
 
 import comfy.cli_args
+import comfy.memory_management
 import comfy.model_management as mm
 import torch
 
@@ -15,37 +16,54 @@ log = logging.getLogger("gguf_native")
 
 
 def pin_parts(parts: list[PinnedPart], device: torch.device, spare: Iterable[PinnedPart] = ()) -> bool:
-    """Pin what is not pinned yet; whether all of it is, as far as is known: the driver's answer comes later.
+    """Pin all or none; whether it is all, as far as is known: the driver's answer comes later.
 
-    spare: what is unpinned where there is no room.
+    spare: what is unpinned, in its order, where there is no room.
     """
-    if any(part.is_refused for part in parts):
-        # The others serve nothing without them.
+    if _may_pin(parts, list(spare)):
+        # To make room the host may have had some of them unpinned.
         for part in parts:
-            part.unpin()
-    n_bytes, args = sum(part.nbytes for part in parts if not part.is_asked_for), comfy.cli_args.args
-    if not n_bytes:
+            if not part.is_asked_for:
+                part.pin(device)
+        return True
+    for part in parts:
+        part.unpin()
+    return False
+
+
+def _may_pin(parts: list[PinnedPart], spare: list[PinnedPart]) -> bool:
+    """Whether the driver, the host's options and RAM let what is not pinned yet be pinned."""
+    args = comfy.cli_args.args
+    if any(part.is_refused for part in parts):
+        log_unpinned()
+        return False
+    if not _unpinned_bytes(parts):
         return True
     if args.disable_pinned_memory or args.fast_disk or mm.MAX_PINNED_MEMORY <= 0:
         return False
-    if not SYSTEM_CAN or any(part.is_refused for part in parts):
+    if not SYSTEM_CAN:
         log_unpinned()
         return False
-    if not _has_room(n_bytes):
-        for part in spare:
-            part.unpin()
-        if not _has_room(n_bytes):
+    n_bytes = _unpinned_bytes(parts)
+    while not (mm.ensure_pin_budget(n_bytes) and mm.ensure_pin_registerable(n_bytes)):
+        if not spare:
             log_too_large_to_pin()
             return False
-    # To make room the host may have had some of them unpinned.
-    for part in parts:
-        if not part.is_asked_for:
-            part.pin(device)
+        spare.pop(0).unpin()
     return True
 
 
-def _has_room(n_bytes: int) -> bool:
-    return mm.ensure_pin_budget(n_bytes) and mm.ensure_pin_registerable(n_bytes)
+def _unpinned_bytes(parts: list[PinnedPart]) -> int:
+    return sum(part.nbytes for part in parts if not part.is_asked_for)
+
+
+def is_room_free(parts: list[PinnedPart]) -> bool:
+    """Whether `pin_parts` finds room for them without having anything unpinned, by the host's own measure."""
+    n_bytes = _unpinned_bytes(parts)
+    headroom = max(comfy.memory_management.RAM_CACHE_HEADROOM / 2, 2 << 30)
+    available = mm.get_free_memory(torch.device("cpu"))
+    fits = comfy.cli_args.args.high_ram or n_bytes + headroom <= available
+    return fits and mm.TOTAL_PINNED_MEMORY + n_bytes <= mm.MAX_PINNED_MEMORY
 
 
 @cache

@@ -15,7 +15,7 @@ from ..ops.dequantize import dequantize
 from ..ops.formats import FORMATS, is_packed
 from ..ops.layout import pack
 from ..ops.pinned_part import parts_for
-from .errors import TruncatedFileError
+from .errors import FileUnreadableError, TruncatedFileError
 from .gguf_file import GGUFFile, TensorInfo, open_gguf
 from .original_shape import logical_shape
 
@@ -85,14 +85,10 @@ def _views(file: GGUFFile) -> dict[str, torch.Tensor]:
     views, lock, infos = {}, threading.Lock(), file.tensors.values()
     for path, name in {info.path: info.name for info in infos}.items():
         handle = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with the last tensor)
-        missing = len(file.mapping(name)) - os.fstat(handle.fileno()).st_size
-        if missing > 0:
-            raise TruncatedFileError(
-                f"{path.name}: is {missing:,} bytes shorter than when its header was read; it was replaced meanwhile. "
-                "Download it again.",
-                missing,
-            )
         spans = {(info.offset, info.nbytes): info.name for info in infos if info.path == path}
+        mapping, n_header = file.mapping(name), min(spans)[0]
+        if os.fstat(handle.fileno()).st_size != len(mapping) or handle.read(n_header) != mapping[:n_header]:
+            raise FileUnreadableError(f"{path}: was replaced or cut while it was read. Load it again.")
         for span, part in parts_for(handle, spans).items():
             views[spans[span]] = view = part.view(*span)
             if comfy.memory_management.aimdo_enabled:

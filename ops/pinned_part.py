@@ -71,6 +71,8 @@ class PinnedPart:
     def unpin(self) -> None:
         """Give the pages back to the system, if it was asked to pin them, after the last copy from them."""
         if self.is_asked_for:
+            # Large files take a while: what the driver has not begun with need not be waited for.
+            self.pinning.cancel()
             torch.cuda.synchronize(self.device)
             self.release()
             self.pinning = None
@@ -99,9 +101,10 @@ class PinnedPart:
 
 
 def release(mapping: mmap.mmap, nbytes: int, pinning: Future) -> None:
-    if pinning.result():
-        torch.cuda.cudart().cudaHostUnregister(address_of(mapping))
+    """When a part is unpinned or goes. A task that is not done yet holds its part, so `pinning` is done then."""
     mm.TOTAL_PINNED_MEMORY -= nbytes
+    if not pinning.cancelled() and pinning.exception() is None and pinning.result():
+        torch.cuda.cudart().cudaHostUnregister(address_of(mapping))
 
 
 def address_of(mapping: mmap.mmap) -> int:

@@ -17,6 +17,7 @@ import comfy.utils
 from gguf_native.loader import state_dict
 from gguf_native.loader.diffusion_model import load_diffusion_model
 from gguf_native.loader.errors import (
+    FileUnreadableError,
     IncompleteModelError,
     OriginalShapeError,
     TruncatedFileError,
@@ -248,5 +249,18 @@ def test_a_file_that_shrinks_while_it_is_read_up_front_is_named(write_gguf, monk
     monkeypatch.setattr(state_dict, "open_gguf", lambda path: opened)
     with pytest.raises(TruncatedFileError, match=r"model.gguf: ends 100 bytes early in tensor 'txt_in.weight'"):
         state_dict.read_state_dict(str(path), streaming=False)
-    with pytest.raises(TruncatedFileError, match=r"model.gguf: is 100 bytes shorter than when its header was read"):
+    with pytest.raises(FileUnreadableError, match=r"model.gguf: was replaced or cut while it was read"):
         state_dict.read_state_dict(str(path), streaming=True)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_named(write_gguf, tmp_path, monkeypatch):
+    """By one of the same size, whose tensors lie elsewhere."""
+    path = Path(write_gguf({"img_in.weight": torch.ones(8, 8), "txt_in.weight": torch.ones(8, 8)}))
+    opened, first = state_dict.open_gguf(path), path.read_bytes()
+    path.rename(tmp_path / "before.gguf")
+    path.write_bytes(first.replace(b"txt_in", b"any_in"))
+    monkeypatch.setattr(state_dict, "open_gguf", lambda path: opened)
+    with pytest.raises(FileUnreadableError, match=r"model.gguf: was replaced or cut while it was read"):
+        state_dict.read_state_dict(str(path), streaming=True)
+    path.write_bytes(first)
+    assert state_dict.read_state_dict(str(path), streaming=True)[0].keys() == opened.tensors.keys()

@@ -177,3 +177,18 @@ def test_hooks_do_not_write_into_a_file_that_the_host_has_mapped(samples, dynami
     assert torch.allclose(get_attr(patcher.model, f"{name}.bias").float(), before.float() + 1, atol=1e-2)
     patcher.apply_hooks(None)
     assert torch.equal(get_attr(patcher.model, f"{name}.bias"), before)
+
+
+def test_cached_hooks_do_not_write_into_the_file(samples):
+    """A model that leaves while sampling gives a patched bias back as the file has it; then the hooks come again."""
+    patcher = with_lora(packed(samples, FLUX), adapter_file(samples, FLUX, "bias", seed=100))
+    hooks = comfy.hooks.create_hook_lora(adapter_file(samples, FLUX, "bias"), 1.0, 0.0)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    patcher.register_all_hook_patches(hooks, target, {})
+    loaded(patcher).apply_hooks(hooks)
+    bias = get_attr(patcher.model, f"diffusion_model.{LAYERS[FLUX][0]}.bias")
+    hooked = bias.clone()
+    patcher.apply_hooks(None)
+    patcher.partially_unload(patcher.offload_device, 1e32)
+    patcher.apply_hooks(hooks)
+    assert torch.equal(get_attr(patcher.model, f"diffusion_model.{LAYERS[FLUX][0]}.bias"), hooked)

@@ -91,6 +91,13 @@ def test_the_host_counts_what_is_pinned_once(system, files):
     assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 570
 
 
+def test_what_is_pinned_already_goes_where_the_rest_finds_no_room(system, files):
+    assert pin_parts(files[:1], GPU)
+    system.room.budget = False
+    assert not pin_parts(files, GPU)
+    assert not files[0].is_asked_for and mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
+
+
 @pytest.mark.parametrize("enough", [True, False])
 def test_where_there_is_no_room_what_can_be_spared_is_unpinned(system, files, monkeypatch, enough):
     spare = Part(30, system.done)
@@ -293,15 +300,20 @@ def test_unpinned_after_the_last_copy_and_counted_no_more(base, system):
     assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 500
 
 
-def test_the_part_of_what_a_patch_has_made_dense_is_unpinned_too(base, system):
+def test_the_part_of_what_a_patch_makes_dense_is_unpinned_by_the_same_load(base, system):
     layers = [layer for layer in packed_layers(base.model).values() if hasattr(layer, "_v")]
     packed, alone = layers[0].weight, Part(70, system.done)
     packed._qdata.untyped_storage()._gguf_native_part = alone
     stream_from_files(base.model, GPU)
+    assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 570
     layers[0].weight = torch.nn.Parameter(torch.zeros(packed.shape), requires_grad=False)
+    stream_from_files(base.model, GPU)
+    assert not alone.is_asked_for and mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE + 500
+    layers[0].weight = packed
+    stream_from_files(base.model, GPU)
+    assert alone.is_asked_for
     assert unpin_parts(base.model) == 570
     assert mm.TOTAL_PINNED_MEMORY == PINNED_BEFORE
-    layers[0].weight = packed
 
 
 def test_what_was_refused_is_not_freed(base, monkeypatch, caplog):
