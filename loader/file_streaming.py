@@ -1,18 +1,17 @@
 """Under DynamicVRAM: weights straight from the pinned file."""
 
 import logging
-from collections.abc import Iterable
 from functools import cache
 
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..ops.layers import GGUFOps, PackedWeight
-from ..ops.pinned_part import PinnedPart, part_of
-from ..ops.streaming import Streamer, pinned_part_of
+from ..ops.pinned_part import PinnedPart, part_of, parts_of
+from ..ops.streaming import Streamer
 from .graphs import options_of
-from .lora_files import parts_of_loras
-from .packed_layers import packed_layers, unpatched_slots
+from .lora_pages import parts_of_loras
+from .packed_layers import unpatched_slots
 from .pinning import pin_parts
 from .residency import ATTACHMENT
 
@@ -36,19 +35,19 @@ def stream_from_files(model: torch.nn.Module, device: torch.device) -> None:
     """Have the layers that DynamicVRAM pages in take their weights from the pinned file, if there is RAM for that."""
     stop_streaming(model)
     # A patched bias is the host's affair.
-    paged = [layer for layer in unpatched_slots(model) if pinned_part_of(layer)]
-    streamer, streamers, parts = streamer_of(model), {}, parts_of(paged)
+    paged = [layer for layer in unpatched_slots(model) if part_of(layer.weight._qdata)]
+    streamer, streamers, parts = streamer_of(model), {}, parts_of(layer.weight._qdata for layer in paged)
     for part in streamer.parts if streamer is not None else ():
         if part not in parts:
             # Since the last load a patch has made dense what alone viewed it.
             part.unpin()
     if paged and device.type == "cuda":
         if streamer is None or streamer.device != device:
-            streamer = Streamer(device, next(iter(paged)).workspace.weights_stream)
+            streamer = Streamer(device, paged[0].workspace.weights_stream)
         # A table of words, of which one is larger than many a model, is wanted once: what does not fit is the host's.
         sizes = [layer.weight._qdata.nbytes for layer in paged if not isinstance(layer, GGUFOps.Embedding)]
         streamer.prepare(parts, max(sizes, default=0))
-        if pin_parts(streamer.parts, device, spare=parts_of_loras()):
+        if pin_parts(streamer.parts, device, spare=parts_of_loras):
             streamers = dict.fromkeys(paged, streamer)
     set_streamer(model, streamers)
 
@@ -76,20 +75,14 @@ def set_streamer(model: torch.nn.Module, streamers: dict[torch.nn.Module, Stream
             layer.streamer = streamers.get(layer)
 
 
-def parts_of(layers: Iterable[PackedWeight]) -> list[PinnedPart]:
-    """Those that packed weights view, each once."""
-    return list(dict.fromkeys(part for part in map(pinned_part_of, layers) if part is not None))
-
-
 def parts_viewed(model: torch.nn.Module) -> list[PinnedPart]:
-    """Those that any of a model's tensors views, each once."""
-    parts = (part_of(getattr(tensor, "_qdata", tensor)) for tensor in model.parameters())
-    return list(dict.fromkeys(part for part in parts if part is not None))
+    """Those that a model's tensors view, each once."""
+    return parts_of(getattr(tensor, "_qdata", tensor) for tensor in model.parameters())
 
 
 def unpin_parts(model: torch.nn.Module) -> int:
     """Bytes that are pinned no more."""
-    parts = parts_of(packed_layers(model).values())
+    parts = parts_viewed(model)
     pinned = [part for part in parts if part.is_pinned()]
     if pinned:
         stop_streaming(model)

@@ -33,18 +33,14 @@ def pin_parts(parts: list[PinnedPart], device: torch.device, spare: Iterable[Pin
 
 def _may_pin(parts: list[PinnedPart], spare: list[PinnedPart]) -> bool:
     """Whether the driver, the host's options and RAM let what is not pinned yet be pinned."""
-    args = comfy.cli_args.args
-    if any(part.is_refused for part in parts):
-        log_unpinned()
-        return False
-    if not _unpinned_bytes(parts):
-        return True
+    n_bytes, args = _unpinned_bytes(parts), comfy.cli_args.args
     if args.disable_pinned_memory or args.fast_disk or mm.MAX_PINNED_MEMORY <= 0:
         return False
-    if not SYSTEM_CAN:
+    if not SYSTEM_CAN or any(part.is_refused for part in parts):
         log_unpinned()
         return False
-    n_bytes = _unpinned_bytes(parts)
+    if not n_bytes:
+        return True
     while not (mm.ensure_pin_budget(n_bytes) and mm.ensure_pin_registerable(n_bytes)):
         if not spare:
             log_too_large_to_pin()

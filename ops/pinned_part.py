@@ -19,8 +19,6 @@ SYSTEM_CAN = sys.platform == "linux"
 READ_ONLY = 8
 # Registering takes some 30 ms per GB and lets other threads run.
 IN_BACKGROUND = ThreadPoolExecutor(1, "gguf-native-pin")
-
-
 # As much counts as this process's memory while it is being registered. Each part takes a file descriptor.
 PART_BYTES = 512 << 20 if SYSTEM_CAN else 1 << 62
 
@@ -71,8 +69,6 @@ class PinnedPart:
     def unpin(self) -> None:
         """Give the pages back to the system, if it was asked to pin them, after the last copy from them."""
         if self.is_asked_for:
-            # Large files take a while: what the driver has not begun with need not be waited for.
-            self.pinning.cancel()
             torch.cuda.synchronize(self.device)
             self.release()
             self.pinning = None
@@ -103,7 +99,7 @@ class PinnedPart:
 def release(mapping: mmap.mmap, nbytes: int, pinning: Future) -> None:
     """When a part is unpinned or goes. A task that is not done yet holds its part, so `pinning` is done then."""
     mm.TOTAL_PINNED_MEMORY -= nbytes
-    if not pinning.cancelled() and pinning.exception() is None and pinning.result():
+    if pinning.result():
         torch.cuda.cudart().cudaHostUnregister(address_of(mapping))
 
 
@@ -116,6 +112,11 @@ def address_of(mapping: mmap.mmap) -> int:
 def part_of(tensor: torch.Tensor) -> PinnedPart | None:
     """The one that a tensor views, if any."""
     return getattr(tensor.untyped_storage(), "_gguf_native_part", None)
+
+
+def parts_of(tensors: Iterable[torch.Tensor]) -> list[PinnedPart]:
+    """Those that tensors view, each once."""
+    return list(dict.fromkeys(part for part in map(part_of, tensors) if part is not None))
 
 
 def parts_for(file: BinaryIO, spans: Iterable[tuple[int, int]]) -> dict[tuple[int, int], PinnedPart]:

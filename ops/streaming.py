@@ -15,7 +15,7 @@ from comfy_aimdo.model_vbar import vbar_fault, vbar_signature_compare, vbar_unpi
 from comfy_aimdo.torch import aimdo_to_tensor
 
 from .layout import on_other_memory
-from .pinned_part import PinnedPart, part_of
+from .pinned_part import PinnedPart
 from .ring import ALIGNMENT, Place, Ring
 
 log = logging.getLogger("gguf_native")
@@ -38,7 +38,7 @@ class Source:
     there: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    # Its copy's end, recorded anew each time: an event costs as long to make as to record.
+    # The end of its copy, recorded anew each time.
     copied: torch.cuda.Event | None = None
 
 
@@ -282,11 +282,6 @@ class Streamer:
                 sent.place.done = sent.ready
         self.sent.clear()
         self.n_ahead = 0
-
-
-def pinned_part_of(layer: torch.nn.Module) -> PinnedPart | None:
-    """The part of a file that a packed weight lies in."""
-    return part_of(layer.weight._qdata)
 
 
 @cache

@@ -61,6 +61,7 @@ MEETS_HOST = {
     "loader.vae",
     "loader.lora",
     "loader.lora_files",
+    "loader.lora_pages",
     "loader.file_streaming",
     "loader.graphs",
     "loader.load_order",

@@ -1,12 +1,8 @@
 """LoRA files in memory: read once, least recently used leaves first, a file that has changed is read anew."""
 
 import dataclasses
-import gc
-import json
 import logging
 import os
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +14,7 @@ import comfy.model_management as mm
 import comfy.utils
 from gguf_native.config import settings
 from gguf_native.loader import lora_files
-from gguf_native.loader.lora_files import LoraFileError, parts_of_loras, preload_lora, read_lora
-from gguf_native.ops import pinned_part
-from gguf_native.ops.pinned_part import part_of
+from gguf_native.loader.lora_files import LoraFileError, preload_lora, read_lora
 
 # With the header a little more than half a megabyte: of preload_loras = 1 one fits, of 2 three.
 VALUES = 2**17 + 2**12
@@ -29,7 +23,6 @@ VALUES = 2**17 + 2**12
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
     monkeypatch.setattr(lora_files, "kept", type(lora_files.kept)())
-    monkeypatch.setattr(lora_files, "left", type(lora_files.left)())
     for log in (lora_files.log_too_large, lora_files.log_in_place, lora_files.log_not_preloaded):
         log.cache_clear()
 
@@ -165,136 +158,14 @@ def test_files_larger_than_the_budget_are_held_as_the_host_reads_them(tmp_path, 
     assert caplog.messages == [*said[:2], "GGUF Native: LoRA b.safetensors leaves memory: max_loras is 2.", said[2]]
 
 
-@pytest.fixture
-def driver(dynamic_vram_on_cpu, monkeypatch) -> SimpleNamespace:
-    """Of a host that has a GPU: the addresses that are registered with its driver, how many more it takes, the room."""
-    if not lora_files.SYSTEM_CAN:
-        pytest.skip("pages of files are pinned on Linux only")
-    state = SimpleNamespace(registered=[], takes=100, room=True)
-
-    def register(address, nbytes, flags):
-        state.takes -= 1
-        if state.takes < 0:
-            return 801
-        state.registered.append(address)
-        return 0
-
-    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=state.registered.remove)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(mm, "discard_cuda_async_error", lambda: None)
-    monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 1 << 40)
-    monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", 0)
-    monkeypatch.setattr(mm, "get_free_memory", lambda device: 1 << 40)
-    monkeypatch.setattr(mm, "ensure_pin_budget", lambda nbytes: state.room)
-    monkeypatch.setattr(mm, "ensure_pin_registerable", lambda nbytes: True)
-    monkeypatch.setattr(mm, "get_torch_device", lambda: torch.device("cuda", 0))
-    yield state
-    for version in list(lora_files.kept):
-        lora_files._let_go(version, "the test ends")
-    gc.collect()
-    assert state.registered == [] and mm.TOTAL_PINNED_MEMORY == 0
-
-
-def test_beside_a_gpu_the_pages_of_larger_files_are_pinned_where_they_are(tmp_path, budget, driver, caplog):
+def test_a_larger_file_whose_pages_are_pinned_is_said_once(tmp_path, budget, caplog, monkeypatch):
     budget(1)
-    rest = {"a.alpha": torch.tensor(4.0), "a.none": torch.zeros(0), "a.half": torch.ones(3, 5).half()}
-    written = {"a.lora_up.weight": torch.randn(2**10, 2**9)} | rest
-    save_file(written, tmp_path / "a.safetensors", {"trained with": "x"})
-    path = str(tmp_path / "a.safetensors")
+    monkeypatch.setattr(lora_files, "pin_pages", lambda tensors: True)
+    path = write(tmp_path, "a.safetensors", n_values=2**19)
     with caplog.at_level(logging.INFO, logger="gguf_native"):
-        tensors, metadata = read_lora(path)
-        assert all(tensors[key] is tensor for key, tensor in read_lora(path)[0].items())
+        read_lora(path)
+        read_lora(path)
     assert caplog.messages == ["GGUF Native: LoRA a.safetensors is pinned where the system has its file."]
-    assert metadata == {"trained with": "x"}
-    assert tensors.keys() == written.keys()
-    assert len(driver.registered) == 1
-    for key, tensor in written.items():
-        assert torch.equal(tensors[key], tensor) and tensors[key].dtype == tensor.dtype
-        assert (part_of(tensors[key]) is not None) == (tensor.numel() > 0)
-        # Where ComfyUI must send it, it knows where to read.
-        assert hasattr(tensors[key].untyped_storage(), "_comfy_tensor_file_slice") == (tensor.numel() > 0)
-    # By its name the file is another one now, and the tensors are as they were.
-    os.replace(write(tmp_path, "new.safetensors", n_values=2**19), path)
-    assert torch.equal(tensors["a.half"], written["a.half"])
-    assert read_lora(path)[0].keys() == {"a.lora_up.weight", "a.alpha"}
-    assert torch.equal(tensors["a.half"], written["a.half"])
-    # Both, as long as somebody has the old ones.
-    assert len(driver.registered) == 2
-    del tensors, tensor
-    gc.collect()
-    assert len(driver.registered) == 1
-
-
-def test_what_a_model_has_taken_the_room_of_is_pinned_again(tmp_path, budget, driver):
-    budget(1)
-    path = write(tmp_path, "a.safetensors", n_values=2**19)
-    tensors, _ = read_lora(path)
-    for part in parts_of_loras():
-        part.unpin()
-    assert driver.registered == []
-    again, _ = read_lora(path)
-    assert again["a.lora_up.weight"] is tensors["a.lora_up.weight"] and len(driver.registered) == 1
-
-
-def test_what_a_model_still_has_stays_pinned_when_other_files_come(tmp_path, budget, driver):
-    budget(1)
-    paths = [write(tmp_path, f"{name}.safetensors", n_values=2**19) for name in "abc"]
-    tensors = [read_lora(path)[0] for path in paths]
-    assert len(lora_files.kept) == 2 and len(driver.registered) == 3 and len(parts_of_loras()) == 3
-    del tensors[0]
-    gc.collect()
-    assert len(driver.registered) == 2 and len(parts_of_loras()) == 2
-
-
-def test_the_least_recently_used_leaves_its_room_to_another_but_no_model_does(tmp_path, budget, driver, monkeypatch):
-    budget(1)
-    a, b = (write(tmp_path, f"{name}.safetensors", n_values=2**19) for name in "ab")
-    read_lora(a)
-    monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", mm.TOTAL_PINNED_MEMORY + 1)
-    (part,) = parts_of_loras()
-    monkeypatch.setattr(mm, "ensure_pin_registerable", lambda nbytes: not part.is_asked_for)
-    read_lora(b)
-    assert [each.is_asked_for for each in parts_of_loras()] == [False, True]
-    # It is room that others have: a model, which needs it more.
-    mm.TOTAL_PINNED_MEMORY += 1000
-    read_lora(a)
-    assert [each.is_asked_for for each in parts_of_loras()] == [False, False]
-    mm.TOTAL_PINNED_MEMORY -= 1000
-
-
-@pytest.mark.parametrize("why", ["room", "driver"])
-def test_what_cannot_be_pinned_is_sent_by_the_host_and_keeps_nothing_pinned(
-    tmp_path, budget, driver, monkeypatch, caplog, why
-):
-    monkeypatch.setattr(pinned_part, "PART_BYTES", 1 << 20)
-    budget(1)
-    driver.room, driver.takes = why != "room", 1
-    tensors = {f"{number}.lora_up.weight": torch.full((2**18,), float(number)) for number in range(3)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    with caplog.at_level(logging.INFO, logger="gguf_native"):
-        read, _ = read_lora(str(tmp_path / "a.safetensors"))
-    assert len(parts_of_loras()) == 3
-    assert driver.registered == [] and mm.TOTAL_PINNED_MEMORY == 0
-    assert all(torch.equal(read[key], tensor) for key, tensor in tensors.items())
-    assert caplog.messages[-1].endswith("so it comes from its file, which is slower.")
-
-
-def test_a_header_that_claims_more_than_its_file_has(tmp_path, budget, driver):
-    """ComfyUI's reader takes what there is."""
-    budget(1)
-    path = write(tmp_path, "a.safetensors", n_values=2**19)
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["a.lora_up.weight"]["data_offsets"][1] += 4096
-        changed = json.dumps(header, separators=(",", ":")).encode().ljust(size)
-        assert len(changed) == size
-        file.seek(8)
-        file.write(changed)
-    tensor = read_lora(path)[0]["a.lora_up.weight"]
-    assert torch.equal(tensor[:9], torch.ones(9)) and part_of(tensor) is None
 
 
 def test_a_file_larger_than_the_budget_takes_nothing_of_it(tmp_path, budget, reads):

@@ -126,30 +126,6 @@ def test_a_refusal_is_kept_and_its_error_is_taken_from_cuda(path, runtime, monke
     assert runtime.was_alive == []
 
 
-def test_what_the_driver_has_not_begun_with_is_not_waited_for(path, runtime):
-    runtime.may_answer.clear()
-    first, second = opened(path), opened(path)
-    first.pin(CPU)
-    second.pin(CPU)
-    second.unpin()
-    assert not second.is_asked_for and counted() == NBYTES
-    runtime.may_answer.set()
-    assert first.is_pinned() and len(runtime.registered) == 1
-
-
-def test_a_part_whose_registering_raises_is_counted_no_more_once_it_is_unpinned(path, runtime, monkeypatch):
-    part = opened(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime, "cudaHostRegister", lambda *_: 1 / 0)
-        part.pin(CPU)
-        with pytest.raises(ZeroDivisionError):
-            part.is_pinned()
-    part.unpin()
-    assert not part.is_asked_for and counted() == 0
-    # Its error holds it.
-    part.pinning = None
-
-
 def test_it_is_unregistered_before_the_mapping_goes(path, runtime):
     file = opened(path)
     mapping = runtime.alive = weakref.ref(file.mapping)

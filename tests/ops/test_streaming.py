@@ -12,7 +12,6 @@ pytest.importorskip("comfy_aimdo", reason="comfy-aimdo is not installed: there i
 
 from gguf_native.ops import streaming
 from gguf_native.ops.ring import ALIGNMENT
-from gguf_native.ops.streaming import pinned_part_of
 from streaming_machine import KB, Layer, layers_of, machine_maker
 
 
@@ -309,13 +308,6 @@ def test_any_forwards_with_memory_that_comes_and_goes(machine, seed):
             run.readers.clear()
     run.streamer.reset()
     assert all(layer._v.n_pins == 0 for layer in run.layers)
-
-
-def test_the_file_of_a_layer_is_noted_at_its_storage():
-    layer, file = Layer(0, 4), object()
-    assert pinned_part_of(layer) is None
-    layer.weight._qdata.untyped_storage()._gguf_native_part = file
-    assert pinned_part_of(layer) is file
 
 
 def test_without_room_for_the_ring_it_is_left_to_the_host_and_said_once(machine, monkeypatch, caplog):
